@@ -1,0 +1,51 @@
+"""Everything gemma-fold raises on purpose.
+
+    GemmaFoldError                 exit code 2
+    ├── UsageError                 2   arguments that make no sense together
+    ├── CheckpointError            2   the input is damaged, or not a checkpoint
+    │   └── AlreadyFoldedError     2   folding it again would add the offset twice
+    ├── UnsupportedModelError      3   no rule says what this model's norms mean
+    │   └── NothingToFoldError     3   this family already stores plain gamma
+    ├── EnvironmentProblem         2   disk, permissions, a missing extra or engine
+    └── CheckFailedError           1   a check ran and found a difference
+
+Each message is one line: what failed, why, and what to do about it.
+"""
+
+
+class GemmaFoldError(Exception):
+    """Base of all deliberate errors; `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+
+class UsageError(GemmaFoldError):
+    """The arguments do not make sense, alone or together."""
+
+
+class CheckpointError(GemmaFoldError):
+    """The input is damaged, incomplete, or not a safetensors checkpoint."""
+
+
+class AlreadyFoldedError(CheckpointError):
+    """The input already holds gamma; folding it again would be silently wrong."""
+
+
+class UnsupportedModelError(GemmaFoldError):
+    """No rule says which of this model's tensors are zero-centred."""
+
+    exit_code = 3
+
+
+class NothingToFoldError(UnsupportedModelError):
+    """The model family stores plain gamma, so there is nothing to do."""
+
+
+class EnvironmentProblem(GemmaFoldError):
+    """The machine is in the way: disk space, permissions, a package that is not installed."""
+
+
+class CheckFailedError(GemmaFoldError):
+    """A check ran to its end and found a difference."""
+
+    exit_code = 1
