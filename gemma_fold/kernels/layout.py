@@ -1,0 +1,116 @@
+"""Checks and row layout: what the kernels may read, said before anything is read.
+
+A kernel sees its operands as rows of ``H`` elements with unit stride inside the row and one stride
+between rows. Anything else is refused here with a Python error, never read wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_HIDDEN, MAX_HIDDEN = 1, 16384
+
+
+def check_activation(x: Tensor, name: str) -> None:
+    """Raises TypeError for a dtype no kernel takes, ValueError for a shape none takes."""
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"{name} must be bfloat16, float16 or float32, not {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError(f"{name} must have at least one dimension, [..., H]")
+    if not MIN_HIDDEN <= x.shape[-1] <= MAX_HIDDEN:
+        raise ValueError(
+            f"{name} has {x.shape[-1]} columns; supported are {MIN_HIDDEN} to {MAX_HIDDEN}"
+        )
+
+
+def check_gamma(gamma: Tensor, x: Tensor, name: str) -> None:
+    """``gamma`` must be what a folded checkpoint holds: fp32, contiguous, [H], beside ``x``."""
+    if gamma.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32 (gamma = 1 + w, folded), not {gamma.dtype}")
+    if gamma.dim() != 1 or gamma.shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"{name} must have shape [{x.shape[-1]}], not {list(gamma.shape)}; "
+            "a gamma stored as [H, 1] is passed as gamma.view(-1)"
+        )
+    if gamma.device != x.device:
+        raise ValueError(f"{name} is on {gamma.device} but the activations are on {x.device}")
+    if not gamma.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+
+
+def check_same(other: Tensor, x: Tensor, name: str) -> None:
+    """``other`` (a residual) must match ``x`` in dtype, shape and device."""
+    if other.dtype != x.dtype:
+        raise TypeError(f"{name} is {other.dtype} but x is {x.dtype}; they must be equal")
+    if other.shape != x.shape:
+        raise ValueError(f"{name} has shape {list(other.shape)} but x has {list(x.shape)}")
+    if other.device != x.device:
+        raise ValueError(f"{name} is on {other.device} but x is on {x.device}")
+
+
+def check_scale(scale: Tensor | None, x: Tensor) -> None:
+    """A static fp8 scale is one fp32 element on the device of ``x``; None asks for dynamic."""
+    if scale is None:
+        return
+    if scale.dtype != torch.float32:
+        raise TypeError(f"scale must be float32, not {scale.dtype}")
+    if scale.numel() != 1:
+        raise ValueError(f"scale must hold one element, not shape {list(scale.shape)}")
+    if scale.device != x.device:
+        raise ValueError(f"scale is on {scale.device} but x is on {x.device}")
+
+
+def row_stride(x: Tensor, name: str) -> int:
+    """Elements from one row of ``x`` to the next. Raises ValueError where no one stride exists."""
+    if x.is_contiguous():
+        return x.shape[-1]
+    stride: int | None = None
+    extent = 1  # rows spanned by the dimensions already seen
+    if x.shape[-1] == 1 or x.stride(-1) == 1:
+        for dim in range(x.dim() - 2, -1, -1):
+            if x.shape[dim] == 1:
+                continue
+            if stride is None:
+                stride = x.stride(dim)
+            elif x.stride(dim) != stride * extent:
+                break
+            extent *= x.shape[dim]
+        else:
+            return x.shape[-1] if stride is None else stride
+    raise ValueError(
+        f"{name} with shape {list(x.shape)} and strides {list(x.stride())} is not rows of "
+        "contiguous elements one stride apart; pass a contiguous copy"
+    )
+
+
+def memory_order(x: Tensor) -> Sequence[int] | None:
+    """The order of leading dimensions that makes ``x`` row-major, or None where it already is.
+
+    Attention code norms heads after a transpose; rows are independent, so such a tensor is
+    normed in the order it lies in memory and needs no copy.
+    """
+    lead = range(x.dim() - 1)
+    if x.dim() < 3 or x.is_contiguous():
+        return None
+    order = sorted(lead, key=lambda dim: -x.stride(dim))
+    return None if order == list(lead) else [*order, x.dim() - 1]
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes ``order``."""
+    back = [0] * len(order)
+    for new, old in enumerate(order):
+        back[old] = new
+    return back
+
+
+def empty_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor shaped like ``x``, dense, its rows in the memory order of ``x``."""
+    order = memory_order(x)
+    if order is None:
+        return x.new_empty(x.shape, dtype=dtype)
+    return x.new_empty([x.shape[dim] for dim in order], dtype=dtype).permute(inverse(order))

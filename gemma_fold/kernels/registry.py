@@ -1,0 +1,156 @@
+"""Registers the operators of :mod:`gemma_fold.kernels.dispatch` as ``torch.ops.gemma_fold.*``.
+
+Registration gives torch.compile, export and autograd what they need: schemas, shape-only
+implementations and, for ``rms_norm``, a backward. Eager calls go around it (see
+:mod:`gemma_fold.ops`), because the dispatcher costs more host time than a small norm takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_fold.kernels import dispatch, layout
+
+_LIBRARY = torch.library.Library("gemma_fold", "FRAGMENT")
+_FP8 = torch.float8_e4m3fn
+
+
+def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.partition("(")[0]
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"gemma_fold::{name}", fake, lib=_LIBRARY)
+
+
+def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return layout.empty_rows(x, dtype or x.dtype)
+
+
+def _quantized(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], 1) if scale is None else (0,)
+    return _like(x, _FP8), x.new_empty(shape, dtype=torch.float32)
+
+
+def _own_scale(implementation: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """An operator may not return its input: a static scale comes back as an empty tensor."""
+
+    @wraps(implementation)
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        y, scale, *rest = implementation(*args)
+        return (y, scale if args[-1] is None else scale.new_empty(0), *rest)
+
+    return run
+
+
+def _fake_rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    dispatch.check_rms_norm(x, gamma)
+    return _like(x)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _like(x), torch.empty_like(gamma)
+
+
+def _fake_add(x: Tensor, residual: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dispatch.check_add(x, residual, gamma)
+    return _like(x), _like(x)
+
+
+def _fake_sandwich(
+    x: Tensor,
+    residual: Tensor,
+    post_gamma: Tensor,
+    pre_gamma: Tensor,
+    post_eps: float,
+    pre_eps: float,
+) -> tuple[Tensor, Tensor]:
+    dispatch.check_sandwich(x, residual, post_gamma, pre_gamma)
+    return _like(x), _like(x)
+
+
+def _fake_qk(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float) -> None:
+    dispatch.check_qk(q, k, q_gamma, k_gamma)
+
+
+def _fake_fp8(x: Tensor, gamma: Tensor, eps: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    dispatch.check_rms_norm(x, gamma)
+    return _quantized(x, scale)
+
+
+def _fake_add_fp8(
+    x: Tensor, residual: Tensor, gamma: Tensor, eps: float, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dispatch.check_add(x, residual, gamma)
+    return (*_quantized(x, scale), _like(x))
+
+
+def _fake_sandwich_fp8(
+    x: Tensor,
+    residual: Tensor,
+    post_gamma: Tensor,
+    pre_gamma: Tensor,
+    post_eps: float,
+    pre_eps: float,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dispatch.check_sandwich(x, residual, post_gamma, pre_gamma)
+    return (*_quantized(x, scale), _like(x))
+
+
+_NORM = "Tensor x, Tensor gamma, float eps"
+_ADD = "Tensor x, Tensor residual, Tensor gamma, float eps"
+_SANDWICH = (
+    "Tensor x, Tensor residual, Tensor post_gamma, Tensor pre_gamma, float post_eps, float pre_eps"
+)
+_QK = "Tensor(a!) q, Tensor(b!) k, Tensor q_gamma, Tensor k_gamma, float eps"
+
+_define(f"rms_norm({_NORM}) -> Tensor", dispatch.rms_norm, _fake_rms_norm)
+_define(
+    f"rms_norm_backward(Tensor grad, {_NORM}) -> (Tensor, Tensor)",
+    dispatch.rms_norm_backward,
+    _fake_backward,
+)
+_define(f"add_rms_norm({_ADD}) -> (Tensor, Tensor)", dispatch.add_rms_norm, _fake_add)
+_define(
+    f"rms_norm_add_rms_norm({_SANDWICH}) -> (Tensor, Tensor)",
+    dispatch.rms_norm_add_rms_norm,
+    _fake_sandwich,
+)
+_define(f"qk_rms_norm({_QK}) -> ()", dispatch.qk_rms_norm, _fake_qk)
+_define(
+    f"rms_norm_fp8({_NORM}, Tensor? scale) -> (Tensor, Tensor)",
+    _own_scale(dispatch.rms_norm_fp8),
+    _fake_fp8,
+)
+_define(
+    f"add_rms_norm_fp8({_ADD}, Tensor? scale) -> (Tensor, Tensor, Tensor)",
+    _own_scale(dispatch.add_rms_norm_fp8),
+    _fake_add_fp8,
+)
+_define(
+    f"rms_norm_add_rms_norm_fp8({_SANDWICH}, Tensor? scale) -> (Tensor, Tensor, Tensor)",
+    _own_scale(dispatch.rms_norm_add_rms_norm_fp8),
+    _fake_sandwich_fp8,
+)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    x, gamma, ctx.eps = inputs
+    ctx.save_for_backward(x, gamma)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, gamma = ctx.saved_tensors
+    dx, dgamma = torch.ops.gemma_fold.rms_norm_backward(grad, x, gamma, ctx.eps)
+    return dx, dgamma, None
+
+
+torch.library.register_autograd(
+    "gemma_fold::rms_norm", _backward, setup_context=_save_for_backward, lib=_LIBRARY
+)

@@ -1,0 +1,164 @@
+"""RMSNorm operators for folded (fp32) gamma, fused the way Gemma's layers use them.
+
+Activations are bf16, fp16 or fp32, ``[..., H]`` with ``H`` up to 16,384; gammas are fp32 ``[H]``,
+already folded (``gamma = 1 + w``). Every norm is ``(x32 * rsqrt(mean(x32^2) + eps) * gamma)``
+rounded once, and fused operators round where the unfused sequence rounds. CUDA tensors run Triton
+kernels, CPU tensors plain torch. All are torch.library operators (``torch.ops.gemma_fold.*``):
+they trace under torch.compile without graph breaks and run in CUDA graphs.
+
+Raises TypeError for a dtype and ValueError for a shape, device or stride that is not supported.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from gemma_fold.kernels import dispatch
+from gemma_fold.kernels import registry as _registry  # noqa: F401  (registers torch.ops)
+
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_fp8",
+    "qk_rms_norm",
+    "rms_norm",
+    "rms_norm_add_rms_norm",
+    "rms_norm_add_rms_norm_fp8",
+    "rms_norm_fp8",
+]
+
+_ops = torch.ops.gemma_fold
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _eager(x: Tensor) -> bool:
+    """Whether nothing watches this call: no tracing, no dispatch mode, no function transform.
+
+    Only then may the dispatcher be skipped; it costs several microseconds of host time a call.
+    """
+    return (
+        type(x) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def rms_norm(x: Tensor, gamma: Tensor, eps: float = 1e-6) -> Tensor:
+    """RMSNorm with fp32 gain. ``x``: [..., H]; ``gamma``: fp32 [H]. Differentiable in both.
+
+    Returns [..., H] in the dtype of ``x``. ``x`` may have any row stride, and its leading
+    dimensions may be transposed; the columns must be contiguous.
+    """
+    if _eager(x) and not _needs_grad(x, gamma):
+        return dispatch.rms_norm(x, gamma, eps)
+    return cast(Tensor, _ops.rms_norm(x, gamma, eps))
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, gamma: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Residual add, then RMSNorm. ``x``, ``residual``: [..., H] of one dtype; ``gamma``: fp32 [H].
+
+    Returns ``(y, new_residual)`` with ``new_residual = residual + x`` rounded to the dtype of
+    ``x`` and ``y = rms_norm(new_residual)``. Differentiable.
+    """
+    if _needs_grad(x, residual, gamma):
+        dispatch.check_add(x, residual, gamma)
+        total = residual + x
+        return rms_norm(total, gamma, eps), total
+    if _eager(x):
+        return dispatch.add_rms_norm(x, residual, gamma, eps)
+    return cast(tuple[Tensor, Tensor], _ops.add_rms_norm(x, residual, gamma, eps))
+
+
+def rms_norm_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    post_gamma: Tensor,
+    pre_gamma: Tensor,
+    post_eps: float = 1e-6,
+    pre_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The sandwich between two Gemma 2/3 blocks: post-norm, residual add, next pre-norm.
+
+    ``x``, ``residual``: [..., H] of one dtype; both gammas fp32 [H]. Returns ``(y, new_residual)``
+    with ``new_residual = residual + rms_norm(x, post_gamma)`` and
+    ``y = rms_norm(new_residual, pre_gamma)``, each rounded to the dtype of ``x``. Differentiable.
+    """
+    if _needs_grad(x, residual, post_gamma, pre_gamma):
+        dispatch.check_sandwich(x, residual, post_gamma, pre_gamma)
+        return add_rms_norm(rms_norm(x, post_gamma, post_eps), residual, pre_gamma, pre_eps)
+    args = (x, residual, post_gamma, pre_gamma, post_eps, pre_eps)
+    if _eager(x):
+        return dispatch.rms_norm_add_rms_norm(*args)
+    return cast(tuple[Tensor, Tensor], _ops.rms_norm_add_rms_norm(*args))
+
+
+def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float = 1e-6) -> None:
+    """RMSNorm of every q head and every k head, in place, in one launch.
+
+    ``q``: [..., q_heads, head_dim]; ``k``: [..., k_heads, head_dim], both usually views of one
+    fused qkv tensor; gammas fp32 [head_dim]. Not differentiable.
+    """
+    if _needs_grad(q, k, q_gamma, k_gamma):
+        raise ValueError("qk_rms_norm works in place and has no backward; use rms_norm to train")
+    if _eager(q):
+        dispatch.qk_rms_norm(q, k, q_gamma, k_gamma, eps)
+    else:
+        _ops.qk_rms_norm(q, k, q_gamma, k_gamma, eps)
+
+
+def rms_norm_fp8(
+    x: Tensor, gamma: Tensor, eps: float = 1e-6, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`rms_norm`, then quantisation to float8_e4m3fn. Returns ``(y, scale)``.
+
+    ``scale`` is fp32 with one element (static: ``y = norm / scale``, saturating, and it is
+    returned as it is), or None: one scale per token, fp32 [..., 1], the row's largest magnitude
+    over 448 and at least 1 / (448 * 512). The norm is rounded to the dtype of ``x`` first, as in
+    the unfused sequence. Not differentiable.
+    """
+    if _eager(x):
+        return dispatch.rms_norm_fp8(x, gamma, eps, scale)
+    y, scales = _ops.rms_norm_fp8(x, gamma, eps, scale)
+    return y, scales if scale is None else scale
+
+
+def add_rms_norm_fp8(
+    x: Tensor, residual: Tensor, gamma: Tensor, eps: float = 1e-6, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`add_rms_norm` with fp8 output. Returns ``(y, scale, new_residual)``.
+
+    ``scale`` as in :func:`rms_norm_fp8`; ``new_residual`` keeps the dtype of ``x``.
+    """
+    if _eager(x):
+        return dispatch.add_rms_norm_fp8(x, residual, gamma, eps, scale)
+    y, scales, total = _ops.add_rms_norm_fp8(x, residual, gamma, eps, scale)
+    return y, scales if scale is None else scale, total
+
+
+def rms_norm_add_rms_norm_fp8(
+    x: Tensor,
+    residual: Tensor,
+    post_gamma: Tensor,
+    pre_gamma: Tensor,
+    post_eps: float = 1e-6,
+    pre_eps: float = 1e-6,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`rms_norm_add_rms_norm` with fp8 output. Returns ``(y, scale, new_residual)``.
+
+    ``scale`` as in :func:`rms_norm_fp8`; ``new_residual`` keeps the dtype of ``x``.
+    """
+    args = (x, residual, post_gamma, pre_gamma, post_eps, pre_eps, scale)
+    if _eager(x):
+        return dispatch.rms_norm_add_rms_norm_fp8(*args)
+    y, scales, total = _ops.rms_norm_add_rms_norm_fp8(*args)
+    return y, scales if scale is None else scale, total
