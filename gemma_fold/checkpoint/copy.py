@@ -1,0 +1,239 @@
+"""Copying byte ranges between files without carrying them through Python.
+
+The ladder, best first; each rung is tried until the kernel or the file system refuses it:
+
+    reflink           FICLONERANGE: both files share the blocks, nothing is moved
+    copy_file_range   inside the kernel, or on the server of a network file system
+    sendfile          inside the kernel, also between file systems of different kinds
+    read_write        everywhere; its word on an error is final
+
+Sources: ioctl_ficlonerange(2), copy_file_range(2), sendfile(2).
+"""
+
+import errno
+import fcntl
+import os
+import struct
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from gemma_fold.errors import CheckpointError, EnvironmentProblem, GemmaFoldError
+
+STEP = 64 * 2**20
+"""Bytes per system call: how often progress is reported and Ctrl-C is heard."""
+
+_BUFFER = 2**20
+_MIN_CLONE = 2**20  # below this a clone saves nothing and fragments the file
+_FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range)
+
+# What a rung answers when it will not work between these two file systems at all.
+_UNSUPPORTED = frozenset(
+    {
+        errno.EINVAL,
+        errno.ENOSYS,
+        errno.ENOTTY,
+        errno.EOPNOTSUPP,
+        errno.EPERM,  # a container's system call filter
+        errno.EXDEV,
+    }
+)
+
+
+class Method(str, Enum):
+    """A rung of the ladder, best first."""
+
+    REFLINK = "reflink"
+    COPY_FILE_RANGE = "copy_file_range"
+    SENDFILE = "sendfile"
+    READ_WRITE = "read_write"
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """`length` bytes to bring from one open file to another."""
+
+    src: int
+    src_offset: int
+    dst: int
+    dst_offset: int
+    length: int
+
+    def part(self, begin: int, end: int) -> "_Span":
+        return _Span(
+            self.src, self.src_offset + begin, self.dst, self.dst_offset + begin, end - begin
+        )
+
+
+class Copier:
+    """Copies byte ranges by the best method that works, and counts what each method moved.
+
+    Remembers for each pair of devices which methods were refused. Use one per thread.
+    """
+
+    def __init__(self, methods: Collection[Method] = tuple(Method), *, step: int = STEP) -> None:
+        """
+        Args:
+            methods: the rungs that may be used; read_write is always the last resort.
+            step: bytes per system call at most.
+        """
+        self._movers = {method: mover for method, mover in _MOVERS.items() if method in methods}
+        self._movers[Method.READ_WRITE] = _read_write
+        self._clones = Method.REFLINK in methods and sys.platform == "linux"
+        self._step = step
+        self._refused: dict[tuple[int, int], set[Method]] = {}
+        self._moved: Counter[Method] = Counter()
+
+    @property
+    def moved(self) -> Mapping[Method, int]:
+        """Bytes moved so far by each method that moved any."""
+        return dict(self._moved)
+
+    def copy(
+        self,
+        src: int,
+        src_offset: int,
+        dst: int,
+        dst_offset: int,
+        length: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Copy `length` bytes between two open files; the ranges must not overlap.
+
+        `dst` grows as needed. Its file position is left anywhere; that of `src` is left alone.
+
+        Args:
+            src: file descriptor open for reading.
+            src_offset: byte to start reading at.
+            dst: file descriptor open for writing, not in append mode.
+            dst_offset: byte to start writing at.
+            length: bytes to copy.
+            progress: called after each step with the bytes it moved.
+
+        Raises:
+            CheckpointError: the source ends before the range does.
+            EnvironmentProblem: no space left, or another failure to read or write.
+            ValueError: `dst` is in append mode, where offsets are ignored.
+        """
+        if fcntl.fcntl(dst, fcntl.F_GETFL) & os.O_APPEND:
+            raise ValueError("cannot copy to given offsets of a file in append mode")
+        span = _Span(src, src_offset, dst, dst_offset, length)
+        begin, end = self._clone(span)
+        self._count(Method.REFLINK, end - begin, progress)
+        self._move(span.part(0, begin), progress)
+        self._move(span.part(end, length), progress)
+
+    def _clone(self, span: _Span) -> tuple[int, int]:
+        """Reflink what block alignment allows; the part of the span that is done."""
+        refused = self._refusals(span)
+        if not self._clones or Method.REFLINK in refused:
+            return 0, 0
+        begin, end = _clonable(span)
+        if end - begin < _MIN_CLONE:
+            return 0, 0
+        try:
+            _ficlonerange(span.part(begin, end))
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                refused.add(Method.REFLINK)
+            return 0, 0
+        return begin, end
+
+    def _move(self, span: _Span, progress: Callable[[int], None] | None) -> None:
+        done = 0
+        refused = self._refusals(span)
+        for method, mover in self._movers.items():
+            if method in refused:
+                continue
+            try:
+                while done < span.length:
+                    count = mover(span.part(done, min(span.length, done + self._step)))
+                    if count == 0:
+                        break
+                    done += count
+                    self._count(method, count, progress)
+            except OSError as error:
+                if method is Method.READ_WRITE:
+                    raise _explain(error, span, done) from None
+                if error.errno in _UNSUPPORTED:
+                    refused.add(method)
+            if done == span.length:
+                return
+        # Only a read that finds the end is believed: copy_file_range and sendfile also return 0
+        # for files whose size the kernel does not know.
+        raise CheckpointError(
+            f"{_name(span.src)}: shrank while it was copied; let its writer finish and start again"
+        )
+
+    def _refusals(self, span: _Span) -> set[Method]:
+        devices = os.fstat(span.src).st_dev, os.fstat(span.dst).st_dev
+        return self._refused.setdefault(devices, set())
+
+    def _count(self, method: Method, count: int, progress: Callable[[int], None] | None) -> None:
+        if count:
+            self._moved[method] += count
+            if progress is not None:
+                progress(count)
+
+
+def _clonable(span: _Span) -> tuple[int, int]:
+    """The part of a span that consists of whole blocks on both sides."""
+    block = os.fstatvfs(span.dst).f_bsize
+    if (span.src_offset - span.dst_offset) % block:
+        return 0, 0
+    begin, end = -span.src_offset % block, span.length
+    ends_source = span.src_offset + end == os.fstat(span.src).st_size
+    ends_target = span.dst_offset + end >= os.fstat(span.dst).st_size
+    if not (ends_source and ends_target):  # only a file's last block may be shared in part
+        end -= (span.src_offset + end) % block
+    return begin, max(begin, end)
+
+
+def _ficlonerange(span: _Span) -> None:
+    request = struct.pack("=qQQQ", span.src, span.src_offset, span.length, span.dst_offset)
+    fcntl.ioctl(span.dst, _FICLONERANGE, request)
+
+
+def _copy_file_range(span: _Span) -> int:
+    return os.copy_file_range(span.src, span.dst, span.length, span.src_offset, span.dst_offset)
+
+
+def _sendfile(span: _Span) -> int:
+    os.lseek(span.dst, span.dst_offset, os.SEEK_SET)
+    return os.sendfile(span.dst, span.src, span.src_offset, span.length)
+
+
+def _read_write(span: _Span) -> int:
+    data = memoryview(os.pread(span.src, min(span.length, _BUFFER), span.src_offset))
+    written = 0
+    while written < len(data):
+        written += os.pwrite(span.dst, data[written:], span.dst_offset + written)
+    return written
+
+
+# Elsewhere copy_file_range does not exist, and sendfile only writes to sockets.
+_MOVERS: dict[Method, Callable[[_Span], int]] = (
+    {Method.COPY_FILE_RANGE: _copy_file_range, Method.SENDFILE: _sendfile}
+    if sys.platform == "linux"
+    else {}
+)
+
+
+def _explain(error: OSError, span: _Span, done: int) -> GemmaFoldError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EnvironmentProblem(
+            f"{_name(span.dst)}: no space left with {span.length - done} bytes of this part to "
+            "write; free some space, or write to another disk"
+        )
+    return EnvironmentProblem(
+        f"cannot copy {_name(span.src)} to {_name(span.dst)} ({error.strerror}); check both disks"
+    )
+
+
+def _name(fd: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return f"file descriptor {fd}"
