@@ -1,0 +1,329 @@
+"""Open a checkpoint folder: find its weight files, check that they agree, list everything else.
+
+Nothing is ever written through these paths, and weights are never unpickled: only safetensors
+headers, `config.json` and the index are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_fold.checkpoint.header import Header, TensorEntry, read_header
+from gemma_fold.errors import CheckpointError
+
+CONFIG = "config.json"
+MANIFEST = "gemma_fold.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+#: Bookkeeping of version control and of downloads: true of the source folder only.
+SKIPPED_DIRECTORIES = frozenset({".git", ".cache"})
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What must not change while a file is being read."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One safetensors file at the top of the folder."""
+
+    name: str
+    path: Path
+    header: Header
+    state: FileState
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a checkpoint came from: a folder, or a Hub repository at a commit."""
+
+    name: str
+    repo_id: str | None = None
+    commit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A readable checkpoint: every header parsed, index and headers in agreement."""
+
+    root: Path
+    origin: Origin
+    config: Mapping[str, Any]
+    config_raw: bytes
+    index_name: str | None
+    index_raw: bytes | None
+    weights: tuple[WeightFile, ...]
+    #: Relative path -> state of every file that is neither weights, config nor index.
+    others: Mapping[str, FileState]
+    directories: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+    def tensors(self) -> dict[str, tuple[WeightFile, TensorEntry]]:
+        """Every tensor by name, with the file that holds it."""
+        return {t.name: (file, t) for file in self.weights for t in file.header.tensors.values()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape by name."""
+        return {t.name: t.shape for file in self.weights for t in file.header.tensors.values()}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        weights = sum(file.state.size for file in self.weights)
+        texts = len(self.config_raw) + len(self.index_raw or b"")
+        return weights + texts + sum(state.size for state in self.others.values())
+
+
+def open_checkpoint(path: str | os.PathLike[str], origin: Origin | None = None) -> Checkpoint:
+    """Read config, index and headers of the folder `path`.
+
+    Raises CheckpointError for a folder that is not a complete, consistent safetensors checkpoint.
+    """
+    root = Path(path)
+    _check_is_model_folder(root)
+    config_raw = _read_small(root / CONFIG)
+    config = parse_json_object(config_raw, root / CONFIG)
+    others, directories, skipped = _walk(root)
+    top = {name for name in others if "/" not in name}
+    index_name = _find_index(root, top)
+    index_raw = _read_small(root / index_name) if index_name else None
+    mapped = _index_map(index_raw, root, index_name) if index_raw and index_name else None
+    names = _weight_names(root, top, mapped)
+    weights = tuple(_open_weight_file(root, name) for name in names)
+    _check_agreement(weights, mapped, index_name)
+    for name in (CONFIG, index_name, *names):
+        others.pop(name or "", None)
+    return Checkpoint(
+        root=root,
+        origin=origin or _origin_of(root),
+        config=config,
+        config_raw=config_raw,
+        index_name=index_name,
+        index_raw=index_raw,
+        weights=weights,
+        others=others,
+        directories=directories,
+        skipped=skipped,
+    )
+
+
+def parse_json_object(raw: bytes, where: Path | str) -> dict[str, Any]:
+    """Parse a JSON object strictly (UTF-8, no duplicate keys); CheckpointError names `where`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            raise ValueError("a key appears twice")
+        return value
+
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{where} is not valid JSON: {error}; fetch the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} holds no JSON object; fetch the file again")
+    return value
+
+
+def _origin_of(root: Path) -> Origin:
+    resolved = root.absolute()
+    match = _SNAPSHOT.search(resolved.as_posix())
+    if match is None:
+        return Origin(resolved.name)
+    repo_id = match["id"].replace("--", "/", 1)
+    return Origin(repo_id, repo_id, match["commit"])
+
+
+def _check_is_model_folder(root: Path) -> None:
+    if root.is_file():
+        if root.suffix == ".gguf":
+            raise CheckpointError(
+                f"{root} is a GGUF file, whose norms llama.cpp has folded already; "
+                "give the original safetensors folder"
+            )
+        raise CheckpointError(
+            f"{root} is a file; give the folder that holds config.json and *.safetensors"
+        )
+    if not root.is_dir():
+        raise CheckpointError(
+            f"{root} does not exist; give a folder or a Hub id such as google/gemma-3-270m"
+        )
+    names = set(os.listdir(root))
+    if "adapter_config.json" in names:
+        raise CheckpointError(
+            f"{root} is a PEFT adapter, not a model; merge it into its base model and fold that"
+        )
+    if CONFIG not in names:
+        hint = "fold the model folder itself"
+        if any(name.endswith(".gguf") for name in names):
+            hint = "GGUF norms are folded already; give the original safetensors folder"
+        raise CheckpointError(f"{root} has no config.json, so its model type is unknown; {hint}")
+
+
+def _read_small(path: Path, limit: int = 256 << 20) -> bytes:
+    try:
+        if path.stat().st_size > limit:
+            raise CheckpointError(f"{path} is too large to be a text file; fetch it again")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}; check the file and its permissions"
+        ) from error
+
+
+def _walk(root: Path) -> tuple[dict[str, FileState], tuple[str, ...], tuple[str, ...]]:
+    """All files below `root` by relative path, its folders, and what was left out."""
+    files: dict[str, FileState] = {}
+    directories: list[str] = []
+    skipped: list[str] = []
+    for relative, status in _scan(root, "", frozenset({os.path.realpath(root)})):
+        if relative.split("/")[-1] in SKIPPED_DIRECTORIES and stat.S_ISDIR(status.st_mode):
+            skipped.append(relative + "/")
+        elif stat.S_ISDIR(status.st_mode):
+            directories.append(relative)
+        elif stat.S_ISREG(status.st_mode):
+            files[relative] = FileState.of(status)
+        else:
+            raise CheckpointError(
+                f"{root / relative} is neither a file nor a folder; move it out of the checkpoint"
+            )
+    return files, tuple(directories), tuple(skipped)
+
+
+def _scan(
+    root: Path, inside: str, above: frozenset[str]
+) -> Iterator[tuple[str, os.stat_result]]:
+    for entry in sorted(os.scandir(root / inside), key=lambda item: item.name):
+        relative = f"{inside}/{entry.name}" if inside else entry.name
+        try:
+            status = entry.stat()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {root / relative}: {error.strerror}; restore it or remove the link"
+            ) from error
+        yield relative, status
+        if stat.S_ISDIR(status.st_mode) and entry.name not in SKIPPED_DIRECTORIES:
+            real = os.path.realpath(entry.path)
+            if real in above:
+                raise CheckpointError(
+                    f"{root / relative} links back to a folder above it; remove the link"
+                )
+            yield from _scan(root, relative, above | {real})
+
+
+def _find_index(root: Path, top: set[str]) -> str | None:
+    found = sorted(name for name in top if name.endswith(INDEX_SUFFIX))
+    preferred = SINGLE_FILE + ".index.json"
+    if preferred in found or len(found) < 2:
+        return preferred if preferred in found else next(iter(found), None)
+    raise CheckpointError(
+        f"{root} has several weight indexes ({', '.join(found)}); keep the one that counts"
+    )
+
+
+def _index_map(raw: bytes, root: Path, name: str) -> dict[str, str]:
+    index = parse_json_object(raw, root / name)
+    mapped = index.get("weight_map")
+    if not isinstance(mapped, dict) or not all(isinstance(v, str) for v in mapped.values()):
+        raise CheckpointError(
+            f"{root / name} has no weight_map of tensor names to files; fetch it again"
+        )
+    for shard in sorted(set(mapped.values())):
+        if os.path.basename(shard) != shard or shard in ("", ".", "..") or "\\" in shard:
+            raise CheckpointError(
+                f"{root / name} points outside the folder, to {shard!r}; "
+                "do not trust this checkpoint"
+            )
+    return mapped
+
+
+def _weight_names(root: Path, top: set[str], mapped: dict[str, str] | None) -> list[str]:
+    present = sorted(name for name in top if name.endswith(".safetensors"))
+    if mapped is not None:
+        for shard in sorted(set(mapped.values()) - set(present)):
+            raise CheckpointError(
+                f"{root / shard} is missing, though the index names it; finish the download"
+            )
+        if SINGLE_FILE in present and SINGLE_FILE not in mapped.values():
+            raise CheckpointError(
+                f"{root} has both {SINGLE_FILE} and an index of other files, and loaders differ "
+                "on which they read; remove the one that does not count"
+            )
+        return present
+    if not present:
+        pickled = next((name for name in sorted(top) if name.endswith(_PICKLED)), None)
+        if pickled:
+            raise CheckpointError(
+                f"{root} has only pickled weights ({pickled}), which are never opened; "
+                "convert them to safetensors first"
+            )
+        raise CheckpointError(f"{root} has no *.safetensors file; finish the download")
+    parts = [name for name in present if re.search(r"-\d+-of-\d+\.safetensors$", name)]
+    if SINGLE_FILE not in present and (len(present) > 1 or parts):
+        raise CheckpointError(
+            f"{root} has {len(present)} weight files but no {SINGLE_FILE}.index.json; "
+            "finish the download"
+        )
+    return present
+
+
+def _open_weight_file(root: Path, name: str) -> WeightFile:
+    path = root / name
+    try:
+        state = FileState.of(path.stat())
+        return WeightFile(name, path, read_header(path), state)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}; check the file and its permissions"
+        ) from error
+
+
+def _check_agreement(
+    weights: tuple[WeightFile, ...], mapped: dict[str, str] | None, index_name: str | None
+) -> None:
+    """Every tensor is in exactly one file, and the index says the same."""
+    holder: dict[str, str] = {}
+    for file in weights:
+        for name in file.header.tensors:
+            if name in holder:
+                raise CheckpointError(
+                    f"tensor {name} is in both {holder[name]} and {file.name}; "
+                    "loaders differ on which they read: keep one"
+                )
+            holder[name] = file.name
+    if mapped is None:
+        return
+    for name, shard in mapped.items():
+        if holder.get(name) != shard:
+            raise CheckpointError(
+                f"{index_name} says tensor {name} is in {shard}, but it is "
+                f"{'in ' + holder[name] if name in holder else 'in no file'}; fetch both again"
+            )
+    indexed = set(mapped.values())
+    for name, shard in holder.items():
+        if shard in indexed and name not in mapped:
+            raise CheckpointError(
+                f"tensor {name} of {shard} is not in {index_name}; fetch both again"
+            )
+
+
