@@ -1,0 +1,309 @@
+"""Models on the Hugging Face Hub: headers without the weights, and whole downloads.
+
+Where to look and who is asking come from huggingface_hub's own settings: HF_ENDPOINT, HF_TOKEN,
+HF_HUB_OFFLINE, HF_HOME, HF_HUB_CACHE. The library is imported only when a Hub id is used.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_fold.checkpoint.header import Header, header_length, parse_header
+from gemma_fold.checkpoint.source import CONFIG, INDEX_SUFFIX, parse_json_object
+from gemma_fold.errors import CheckpointError, EnvironmentProblem, GemmaFoldError, UsageError
+
+_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[^\s@]+))?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+_FIRST_READ = 2**17  # bytes; holds nearly every header, so that one request per file is enough
+_MAX_JSON = 2**28  # bytes
+_TIMEOUT = 30.0  # seconds without an answer
+_THREADS = 8
+
+_NOT_NEEDED = (
+    "pytorch_model*.bin",
+    "*.pth",
+    "*.pt",
+    "*.ckpt",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.onnx_data",
+)
+"""The same weights in other formats, which would double a download."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteCheckpoint:
+    """A model on the Hub as far as its headers tell.
+
+    Attributes:
+        repo_id: `org/name`.
+        commit: the commit that the revision named when it was asked for.
+        config: config.json.
+        index: the weight index, or None when there is none.
+        headers: by file name, for every safetensors file at the top of the repository.
+        files: every file's size in bytes by its path in the repository.
+    """
+
+    repo_id: str
+    commit: str
+    config: Mapping[str, Any]
+    index: Mapping[str, Any] | None
+    headers: Mapping[str, Header]
+    files: Mapping[str, int]
+
+
+def looks_like_hub_id(text: str) -> bool:
+    """Whether `text` is to be looked up on the Hub; anything that exists here is not."""
+    return _HUB_ID.fullmatch(text) is not None and not os.path.lexists(text)
+
+
+def parse_hub_id(text: str) -> tuple[str, str | None]:
+    """Split `org/name[@revision]` into `org/name` and the revision.
+
+    Raises:
+        UsageError: the text is no such id.
+    """
+    match = _HUB_ID.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{text!r} is not a Hub id; write org/name or org/name@revision")
+    return match["repo"], match["revision"]
+
+
+def fetch_headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
+    """Read config, index and safetensors headers by range requests; no weights are downloaded.
+
+    Raises:
+        CheckpointError: no such model or revision, or its files are damaged or incomplete.
+        EnvironmentProblem: the Hub cannot be reached, or does not let us in.
+    """
+    with _explained(repo_id, revision):
+        from huggingface_hub import HfApi
+
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+        files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        remote = _Remote(repo_id, info.sha or "", files)
+        config = remote.json(CONFIG)
+        index_name = remote.index_name()
+        index = remote.json(index_name) if index_name else None
+        names = sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            headers = dict(zip(names, pool.map(remote.header, names), strict=True))
+    result = RemoteCheckpoint(repo_id, remote.commit, config, index, headers, files)
+    _check_complete(result)
+    return result
+
+
+def download(repo_id: str, revision: str | None = None) -> tuple[Path, str]:
+    """Download a model into the Hub cache, or find it there.
+
+    Weights in formats other than safetensors are left out. All files are of one commit, even if
+    the repository moves on during the download.
+
+    Returns:
+        The snapshot folder, and the commit it holds. The folder is shared and read-only by
+        convention: its files are links that must never be written through.
+
+    Raises:
+        CheckpointError: no such model or revision.
+        EnvironmentProblem: the Hub cannot be reached and the model is not in the cache, or the
+            cache cannot be written.
+    """
+    with _explained(repo_id, revision):
+        from huggingface_hub import snapshot_download
+
+        path = snapshot_download(repo_id, revision=revision, ignore_patterns=list(_NOT_NEEDED))
+    return Path(path), Path(path).name
+
+
+def cached_sha256(path: Path) -> str | None:
+    """The sha256 of a file's content where the Hub cache already knows it, else None.
+
+    The cache names the blob of a large file by the sha256 that the Hub gave, and does not hash it
+    again; `path` is the snapshot's link to it. Only that first link counts: the blob itself may be
+    a link into a store shared by all repositories, where names are another hash of the same length.
+    """
+    if not path.is_symlink():
+        return None
+    blob = path.parent / os.readlink(path)
+    is_blob = blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) is not None
+    return blob.name if is_blob else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    repo_id: str
+    commit: str
+    files: Mapping[str, int]
+
+    def where(self, name: str) -> str:
+        return f"{self.repo_id}@{self.commit[:12]}/{name}"
+
+    def index_name(self) -> str | None:
+        preferred = "model" + INDEX_SUFFIX
+        found = sorted(n for n in self.files if n.endswith(INDEX_SUFFIX) and "/" not in n)
+        return preferred if preferred in found else next(iter(found), None)
+
+    def json(self, name: str) -> dict[str, Any]:
+        if name not in self.files:
+            raise CheckpointError(
+                f"{self.repo_id} has no {name}; give a model in the transformers layout"
+            )
+        if self.files[name] > _MAX_JSON:
+            raise CheckpointError(f"{self.where(name)} is too large to be what its name says")
+        return parse_json_object(self.read(name, 0, self.files[name]), self.where(name))
+
+    def header(self, name: str) -> Header:
+        size, where = self.files[name], self.where(name)
+        start = self.read(name, 0, min(size, _FIRST_READ))
+        length = header_length(start[:8], size, where)
+        raw = start[8 : 8 + length]
+        if len(raw) < length:
+            raw += self.read(name, 8 + len(raw), 8 + length)
+        return parse_header(raw, data_size=size - 8 - length, where=where)
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Bytes [begin, end) of a file. Streamed, since a server that ignores the range would
+        otherwise send all of it."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+            http_stream_backoff,
+        )
+
+        if begin == end:
+            return b""
+        headers = {
+            **build_hf_headers(),
+            "Range": f"bytes={begin}-{end - 1}",
+            "Accept-Encoding": "identity",
+        }
+        url = hf_hub_url(self.repo_id, name, revision=self.commit)
+        with http_stream_backoff("GET", url, headers=headers, timeout=_TIMEOUT) as response:
+            hf_raise_for_status(response)
+            complete = (begin, end) == (0, self.files[name])
+            if response.status_code != 206 and not complete:
+                raise EnvironmentProblem(
+                    f"{self.where(name)}: the server does not send parts of files; "
+                    "download the model and give its folder"
+                )
+            with _broken_off(self.where(name)):
+                content: bytes = response.read()
+        if len(content) != end - begin:
+            raise EnvironmentProblem(
+                f"{self.where(name)}: asked for {end - begin} bytes, got {len(content)}; try again"
+            )
+        return content
+
+
+def _check_complete(remote: RemoteCheckpoint) -> None:
+    if not remote.headers:
+        raise CheckpointError(
+            f"{remote.repo_id} has no *.safetensors file; convert its weights to safetensors first"
+        )
+    weight_map = (remote.index or {}).get("weight_map", {})
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(
+            f"{remote.repo_id}: the weight index has no weight_map; tell its author"
+        )
+    for name, file in weight_map.items():
+        if file not in remote.headers or name not in remote.headers[file].tensors:
+            raise CheckpointError(
+                f"{remote.repo_id}: the weight index says tensor {name} is in {file!r}, "
+                "but it is not there; tell its author"
+            )
+
+
+@contextmanager
+def _broken_off(where: str) -> Iterator[None]:
+    # Inside the library's retrying context a network error must not get out as it is: the context
+    # would start over in the middle of our block.
+    try:
+        yield
+    except Exception as error:
+        if not _is_network_error(error):
+            raise
+        raise EnvironmentProblem(
+            f"{where}: the connection broke off ({_first_line(error)}); try again"
+        ) from None
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn the library's errors into one line each."""
+    try:
+        yield
+    except GemmaFoldError:
+        raise
+    except Exception as error:
+        explanation = _explain(error, repo_id, revision)
+        if explanation is None:
+            raise
+        raise explanation from error
+
+
+def _explain(error: Exception, repo_id: str, revision: str | None) -> GemmaFoldError | None:
+    from huggingface_hub import constants, errors
+
+    place = constants.ENDPOINT
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+    if isinstance(cause, errors.HFValidationError):
+        return UsageError(f"{repo_id!r} is not a Hub id; write org/name or org/name@revision")
+    if isinstance(cause, errors.GatedRepoError):
+        return EnvironmentProblem(
+            f"{repo_id} is gated; accept its terms at {place}/{repo_id}, then `hf auth login`"
+        )
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return CheckpointError(
+            f"{repo_id} has no revision {revision!r}; name a branch, a tag or a full commit"
+        )
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return CheckpointError(
+            f"{repo_id} is neither a folder here nor a model on {place} that you may read; "
+            "check the spelling, or `hf auth login` if it is private"
+        )
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return EnvironmentProblem(
+            f"{repo_id} is not in the cache and HF_HUB_OFFLINE is set; unset it, or give a folder"
+        )
+    if isinstance(cause, errors.HfHubHTTPError):
+        return EnvironmentProblem(
+            f"{place} refused {repo_id} ({_first_line(cause)}); check the token, or try later"
+        )
+    if cause is None or _is_network_error(cause):
+        return EnvironmentProblem(
+            f"{place} cannot be reached for {repo_id} ({_first_line(cause or error)}); "
+            "check the connection and HF_ENDPOINT, or give a folder"
+        )
+    if isinstance(cause, OSError):
+        return _explain_disk(cause, constants.HF_HUB_CACHE)
+    return None
+
+
+def _explain_disk(error: OSError, cache: str) -> EnvironmentProblem:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "free some space, or set HF_HUB_CACHE to another disk"
+    else:
+        advice = "check its permissions, or set HF_HUB_CACHE to a folder you may write"
+    return EnvironmentProblem(
+        f"the Hub cache {cache} cannot be used ({_first_line(error)}); {advice}"
+    )
+
+
+def _is_network_error(error: BaseException) -> bool:
+    # By module, since the library has changed its HTTP client more than once.
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
