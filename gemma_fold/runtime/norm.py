@@ -1,0 +1,182 @@
+"""The one folded norm module: an fp32 gain that survives whatever users do to models.
+
+A zero-centred norm becomes a :class:`FoldedNorm` in place: the module object stays, so hooks,
+eps and every reference to it stay too; its class and its parameter change. The parameter keeps its
+name and has shape [H, 1], as on disk. That is the tensor lock: in a state dict, [H, 1] is a gamma
+and [H] a raw w, and neither can be loaded as the other by accident.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemma_fold import ops
+from gemma_fold.errors import UnsupportedModelError
+from gemma_fold.kernels import families, layout, reference
+from gemma_fold.rules import Fold
+
+#: Names a zero-centred norm gives its gain.
+_GAIN_NAMES = ("weight", "gamma")
+
+
+class FoldedNorm(nn.Module):
+    """A norm with folded fp32 gain; made by :meth:`adopt`, never constructed.
+
+    Attributes:
+        origin: the class this module had before, which :meth:`restore` gives back.
+        fold: the arithmetic of its family.
+        gain_name: its parameter, fp32 [H, 1] (or [H] while an unlocked checkpoint loads).
+        epsilon: added to the mean square or the variance.
+        group: columns normed together, or None for all of them.
+    """
+
+    origin: type[nn.Module]
+    fold: Fold
+    gain_name: str
+    epsilon: float
+    group: int | None
+    bias: Tensor | None
+
+    @staticmethod
+    def adopt(module: nn.Module, fold: Fold, *, locked: bool = True) -> FoldedNorm:
+        """Turn the zero-centred norm `module` into a folded one, in place; returns it.
+
+        A weight on the meta device gives a gamma on the meta device, to be loaded: [H, 1] where
+        `locked`, else [H]. Raises UnsupportedModelError for a norm that cannot be folded here.
+        """
+        name = gain_name(module)
+        weight = module._parameters[name]
+        assert weight is not None
+        if "forward" in module.__dict__:
+            raise UnsupportedModelError(
+                f"a {type(module).__name__} has had its forward replaced, as accelerate does to "
+                "offloaded models; fold the model before it is dispatched, or load a folded "
+                "checkpoint with device_map"
+            )
+        shape = (*weight.shape, 1) if locked else weight.shape
+        if weight.is_meta:
+            gamma = torch.empty(shape, dtype=torch.float32, device="meta")
+        else:
+            in_storage = fold.add_dtype == "storage"
+            with torch.no_grad():
+                gamma = families.fold(weight, fold.offset, in_storage_dtype=in_storage)
+            gamma = gamma.reshape(shape)
+        attributes = module.__dict__
+        attributes.update(
+            origin=type(module),
+            fold=fold,
+            gain_name=name,
+            epsilon=_epsilon(module),
+            group=getattr(module, "group_size", None),
+        )
+        module._parameters[name] = nn.Parameter(gamma, requires_grad=weight.requires_grad)
+        module.__class__ = FoldedNorm
+        assert isinstance(module, FoldedNorm)
+        return module
+
+    def restore(self, dtype: torch.dtype) -> nn.Module:
+        """Undo :meth:`adopt`: the original class, with w = gamma - offset in `dtype`."""
+        parameter = self.gain
+        with torch.no_grad():
+            weight = families.unfold(parameter, self.fold.offset, dtype).reshape(-1)
+        self._parameters[self.gain_name] = nn.Parameter(
+            weight, requires_grad=parameter.requires_grad
+        )
+        origin = self.origin
+        for name in ("origin", "fold", "gain_name", "epsilon", "group"):
+            delattr(self, name)
+        self.__class__ = origin  # type: ignore[assignment]
+        return self
+
+    @property
+    def gain(self) -> nn.Parameter:
+        """The parameter itself: fp32 [H, 1]."""
+        parameter = self._parameters[self.gain_name]
+        assert parameter is not None
+        return parameter
+
+    @gain.setter
+    def gain(self, parameter: nn.Parameter) -> None:
+        self._parameters[self.gain_name] = parameter
+
+    def lock(self) -> None:
+        """Give a gamma loaded as [H] its [H, 1] shape."""
+        old = self.gain
+        self.gain = nn.Parameter(old.detach().reshape(-1, 1), requires_grad=old.requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: [..., H]. Returns the norm in the dtype of `x`."""
+        gamma = self._parameters[self.gain_name].view(-1)  # type: ignore[union-attr]
+        if self.fold.norm == "layer_norm":
+            if self.fold.mul_dtype == "storage":
+                return families.layer_norm_then_scale(x, gamma, self.epsilon)
+            return families.layer_norm(x, gamma, self._parameters.get("bias"), self.epsilon)
+        if self.fold.add_dtype == "storage":
+            gamma = gamma.to(x.dtype).float()
+        if self.group is not None:
+            return families.grouped_rms_norm(x, gamma, self.group, self.epsilon)
+        if x.dtype not in layout.ACTIVATION_DTYPES or x.shape[-1] > layout.MAX_HIDDEN:
+            return reference.rms_norm(x, gamma, self.epsilon)
+        return ops.rms_norm(x, gamma, self.epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{self.gain.shape[0]}, eps={self.epsilon}, folded from {self.origin.__name__}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedNorm:
+        # .to(dtype), .half() and the like end here. A 16-bit gamma is not the model's gain any
+        # more, so gamma follows the device and keeps its dtype.
+        gain = self.gain
+        kept = (gain, gain.grad)
+
+        def apply(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if out.dtype == tensor.dtype or not any(tensor is one for one in kept):
+                return out
+            return tensor.to(out.device)
+
+        return super()._apply(apply, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A raw w, from an original checkpoint, a trainer or an adapter: shape [H] says so.
+        key = prefix + self.gain_name
+        weight = state_dict.get(key)
+        if isinstance(weight, Tensor) and weight.dim() == 1:
+            in_storage = self.fold.add_dtype == "storage"
+            gamma = families.fold(weight, self.fold.offset, in_storage_dtype=in_storage)
+            state_dict = {**state_dict, key: gamma.reshape(-1, 1)}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "transformers" in sys.modules:  # an unpickled model must save itself as format 1
+            import gemma_fold.runtime.transformers  # noqa: F401
+
+
+def gain_name(module: nn.Module) -> str:
+    """The name of a zero-centred norm's gain. Raises UnsupportedModelError where it has none."""
+    for name in _GAIN_NAMES:
+        if module._parameters.get(name) is not None:
+            return name
+    raise UnsupportedModelError(
+        f"a {type(module).__name__} has neither a weight nor a gamma; "
+        "this version of the model is not supported"
+    )
+
+
+def _epsilon(module: nn.Module) -> float:
+    for holder in (module, getattr(module, "ln", None)):
+        for name in ("eps", "variance_epsilon"):
+            value = getattr(holder, name, None)
+            if isinstance(value, float):
+                return value
+    raise UnsupportedModelError(
+        f"a {type(module).__name__} has no eps where one is expected; "
+        "this version of the model is not supported"
+    )

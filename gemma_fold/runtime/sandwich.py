@@ -1,0 +1,215 @@
+"""Gemma 2 and 3 decoder layers that run their sandwich norms fused.
+
+Between two blocks these layers norm the output, add the residual and norm the sum: three passes
+that :func:`gemma_fold.ops.rms_norm_add_rms_norm` makes one. A layer is only touched where its own
+forward is, statement for statement, the one the fused forward stands for; any other version of the
+model keeps its forward and runs norm by norm, with the same results.
+
+Two places in a layer have that pattern. The second spans two layers: the norm after the
+feed-forward block, and the next layer's first norm. There the normed tensor waits at the next
+layer, which takes it only if it is then called with the very hidden states it was made from.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+import textwrap
+import weakref
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemma_fold import ops
+from gemma_fold.kernels import layout
+from gemma_fold.runtime.norm import FoldedNorm
+
+#: sha256 of the statements that `SandwichLayer.forward` stands for, layout and comments aside.
+_KNOWN_FORWARDS = frozenset({"19bb15ae20d3bae54efe83013247a9e1b46dc5755921125b706b92985cd3eca0"})
+_MODELS = {
+    "Gemma2DecoderLayer": "transformers.models.gemma2.modeling_gemma2",
+    "Gemma3DecoderLayer": "transformers.models.gemma3.modeling_gemma3",
+}
+_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+
+
+class SandwichLayer(nn.Module):
+    """The forward of a Gemma 2/3 decoder layer, over fused operators.
+
+    Attributes:
+        follower: the layer called next, as far as the model's list of layers tells.
+        waiting: hidden states and their first norm, left here by the layer before.
+    """
+
+    follower: weakref.ref[SandwichLayer] | None = None
+    waiting: tuple[Tensor, Tensor] | None = None
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    pre_feedforward_layernorm: nn.Module
+    mlp: nn.Module
+    post_feedforward_layernorm: nn.Module
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``hidden_states``: [batch, tokens, H]; the rest goes to the attention as it is."""
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None and waiting[0] is hidden_states:
+            x = waiting[1]
+        else:
+            x = self.input_layernorm(hidden_states)
+        x, _ = self.self_attn(
+            hidden_states=x,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        x, residual = _sandwich(
+            x, hidden_states, self.post_attention_layernorm, self.pre_feedforward_layernorm
+        )
+        x = self.mlp(x)
+        follower = self._follower()
+        if follower is None:
+            return residual + self.post_feedforward_layernorm(x)  # type: ignore[no-any-return]
+        x, output = _sandwich(
+            x, residual, self.post_feedforward_layernorm, follower.input_layernorm
+        )
+        follower.waiting = (output, x)
+        return output
+
+    def _follower(self) -> SandwichLayer | None:
+        """The next layer, if nothing can come between: no autograd, no hook, no change of device.
+
+        Gradient checkpointing replays a layer alone, and a hook may change the hidden states
+        between two layers in place, after they were normed.
+        """
+        follower = self.follower() if self.follower is not None else None
+        if (
+            follower is None
+            or torch.is_grad_enabled()
+            or not _untouched(self)
+            or not _untouched(follower)
+            or not _untouched(follower.input_layernorm)
+        ):
+            return None
+        return follower
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle must not drag the other layers along, and has other neighbours.
+        state = self.__dict__.copy()
+        state.pop("follower", None)
+        state.pop("waiting", None)
+        return state
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether nothing is attached to `module` that its plain call would run."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _sandwich(
+    x: Tensor, residual: Tensor, post: nn.Module, pre: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """``pre(total), total`` with ``total = residual + post(x)``; fused where both are plain."""
+    if (
+        type(post) is FoldedNorm
+        and type(pre) is FoldedNorm
+        and _untouched(post)
+        and _untouched(pre)
+        and x.dtype == residual.dtype
+        and x.dtype in layout.ACTIVATION_DTYPES
+        and x.shape[-1] <= layout.MAX_HIDDEN
+    ):
+        return ops.rms_norm_add_rms_norm(
+            x, residual, post.gain.view(-1), pre.gain.view(-1), post.epsilon, pre.epsilon
+        )
+    total = residual + post(x)
+    return pre(total), total
+
+
+def fuse_layers(model: nn.Module) -> int:
+    """Give every Gemma 2/3 decoder layer of a folded `model` the fused forward; how many."""
+    fused = 0
+    for module in model.modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        layers = [_fuse(layer) for layer in module if _is_known(layer)]
+        for layer, follower in zip(layers, layers[1:], strict=False):
+            layer.follower = weakref.ref(follower)
+        fused += len(layers)
+    return fused
+
+
+def split_layers(model: nn.Module) -> None:
+    """Undo :func:`fuse_layers`."""
+    for module in model.modules():
+        if isinstance(module, SandwichLayer):
+            for name in ("follower", "waiting"):
+                module.__dict__.pop(name, None)
+            module.__class__ = type(module).__bases__[1]
+
+
+def _is_known(layer: nn.Module) -> bool:
+    cls = type(layer)
+    return (
+        _MODELS.get(cls.__name__) == cls.__module__
+        and all(type(getattr(layer, name, None)) is FoldedNorm for name in _NORMS)
+        and _statements_digest(cls) in _KNOWN_FORWARDS
+    )
+
+
+def _fuse(layer: nn.Module) -> SandwichLayer:
+    layer.__class__ = _fused_class(type(layer).__name__)
+    assert isinstance(layer, SandwichLayer)
+    return layer
+
+
+@cache
+def _statements_digest(cls: type[nn.Module]) -> str | None:
+    try:
+        source = textwrap.dedent(inspect.getsource(cls.forward))
+        function = ast.parse(source).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if not isinstance(function, ast.FunctionDef):
+        return None
+    statements = ast.unparse(ast.Module(function.body, []))
+    return hashlib.sha256(statements.encode()).hexdigest()
+
+
+@cache
+def _fused_class(name: str) -> type[SandwichLayer]:
+    # The name stays: device maps and sharding policies look layers up by it.
+    base = getattr(importlib.import_module(_MODELS[name]), name)
+    return type(name, (SandwichLayer, base), {"__module__": __name__, "__doc__": base.__doc__})
+
+
+def __getattr__(name: str) -> type[SandwichLayer]:
+    # Pickles name the fused classes, which exist once the model they extend is imported.
+    if name in _MODELS:
+        return _fused_class(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
