@@ -146,9 +146,7 @@ def unfold(folded: str, out: str, resume: bool, force: bool, as_json: bool) -> N
     from gemma_fold import render
     from gemma_fold.unfold import unfold as run
 
-    report = run(
-        folded, out, resume=resume, force=force, progress=render.ProgressBar("unfolding")
-    )
+    report = run(folded, out, resume=resume, force=force, progress=render.ProgressBar("unfolding"))
     _print(as_json, lambda: _plain(report), lambda: render.conversion(report, verb="unfolded"))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,8 @@ def decode(raw: bytes, dtype: str) -> Float32:
     if dtype == "BF16":
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     if dtype == "F16":
-        return np.frombuffer(raw, "<f2").astype(np.float32)
+        with np.errstate(invalid="ignore"):  # a signalling NaN is quieted, as hardware does
+            return np.frombuffer(raw, "<f2").astype(np.float32)
     return np.frombuffer(raw, "<f4").astype(np.float32, copy=True)
 
 
@@ -45,7 +46,7 @@ def encode(values: Float32, dtype: str) -> bytes:
     if dtype == "BF16":
         return _round_to_bf16(values).astype("<u2").tobytes()
     if dtype == "F16":
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return values.astype("<f2").tobytes()
     return values.astype("<f4").tobytes()
 
@@ -109,9 +110,7 @@ def find_exceptions(raw: bytes, dtype: str, gamma: Float32, rule: Fold) -> Excep
     return Exceptions(differs.size, differs.astype("<u4").tobytes(), stored[differs].tobytes())
 
 
-def unfold(
-    gamma: Float32, dtype: str, rule: Fold, exceptions: Exceptions | None = None
-) -> bytes:
+def unfold(gamma: Float32, dtype: str, rule: Fold, exceptions: Exceptions | None = None) -> bytes:
     """The stored bytes of w for `gamma`: `cast(gamma - offset)` with the exceptions put back.
 
     Raises CheckpointError where the exceptions do not fit the tensor.
@@ -123,13 +122,13 @@ def unfold(
         if len(exceptions.bits) != len(restored):
             raise CheckpointError("an exception record has the wrong length for its tensor")
         return exceptions.bits
-    out = np.frombuffer(restored, _BITS[dtype]).copy()
+    out: npt.NDArray[Any] = np.frombuffer(restored, _BITS[dtype]).copy()
     index = np.frombuffer(exceptions.index, "<u4")
     bits = np.frombuffer(exceptions.bits, _BITS[dtype])
     if index.size != bits.size or (index.size and int(index.max()) >= out.size):
         raise CheckpointError("an exception record points outside its tensor")
     out[index] = bits
-    return out.tobytes()
+    return bytes(out.tobytes())
 
 
 def _subtract(gamma: Float32, dtype: str, rule: Fold) -> bytes:

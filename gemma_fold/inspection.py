@@ -1,4 +1,4 @@
-"""`inspect`: say what a checkpoint's norms are and what folding would change, from headers alone."""
+"""`inspect`: what a checkpoint's norms are, and what folding would change."""
 
 from __future__ import annotations
 

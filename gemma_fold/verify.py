@@ -237,9 +237,7 @@ class _Comparison:
                 yield f"{tensor.name}: gamma is not the fold of the source's weight"
             self._count(len(raw))
 
-    def _ranges(
-        self, name: str, before: Path, after: Path, runs: tuple[Run, ...]
-    ) -> Iterator[str]:
+    def _ranges(self, name: str, before: Path, after: Path, runs: tuple[Run, ...]) -> Iterator[str]:
         """Compare byte ranges; a run's source is an offset in `after`, its target in `before`."""
         with open(before, "rb", buffering=0) as old, open(after, "rb", buffering=0) as new:
             for run in runs:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gemma_fold.errors import CheckpointError, EnvironmentProblem, GemmaFoldError, UsageError
+from gemma_fold.errors import EnvironmentProblem, GemmaFoldError, UsageError
 
 JOURNAL = ".gemma-fold-journal"
 
@@ -78,8 +78,8 @@ class Staging:
     def is_done(self, name: str) -> bool:
         """Whether an earlier run finished `name`, and it is still there at its full size."""
         target = self.path / name
-        return name in self._done and target.is_file() and (
-            target.stat().st_size == self._done[name]
+        return (
+            name in self._done and target.is_file() and (target.stat().st_size == self._done[name])
         )
 
     @contextmanager
@@ -200,9 +200,7 @@ def _continue_or_start(
         raise UsageError(
             f"{path} belongs to another source, version or set of options; start over with --force"
         )
-    return {
-        str(e["done"]): int(str(e["size"])) for e in entries[1:] if "done" in e and "size" in e
-    }
+    return {str(e["done"]): int(str(e["size"])) for e in entries[1:] if "done" in e and "size" in e}
 
 
 def _read_journal(path: Path) -> list[dict[str, object]]:

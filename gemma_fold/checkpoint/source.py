@@ -210,9 +210,7 @@ def _walk(root: Path) -> tuple[dict[str, FileState], tuple[str, ...], tuple[str,
     return files, tuple(directories), tuple(skipped)
 
 
-def _scan(
-    root: Path, inside: str, above: frozenset[str]
-) -> Iterator[tuple[str, os.stat_result]]:
+def _scan(root: Path, inside: str, above: frozenset[str]) -> Iterator[tuple[str, os.stat_result]]:
     for entry in sorted(os.scandir(root / inside), key=lambda item: item.name):
         relative = f"{inside}/{entry.name}" if inside else entry.name
         try:
@@ -325,5 +323,3 @@ def _check_agreement(
             raise CheckpointError(
                 f"tensor {name} of {shard} is not in {index_name}; fetch both again"
             )
-
-

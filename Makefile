@@ -1,0 +1,51 @@
+# Everything is built in this folder: .venv, .cache and .demo. Nothing else is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread a process: two test processes share small machines without fighting over cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help venv demo test test-fast check lock clean
+
+help:
+	@echo "make demo   a real Gemma 3 270M: inspect, convert, verify, unfold"
+	@echo "make test   every test this machine can run"
+	@echo "make check  ruff and mypy"
+
+venv: .venv/.complete
+
+.venv/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Atomic, so that an interrupted build is not taken for a model.
+.cache/gemma-3-270m: OPTIONS =
+.cache/gemma-3-270m-sharded: OPTIONS = --max-shard-mb 52
+.cache/gemma-3-270m .cache/gemma-3-270m-sharded: | venv
+	rm -rf $@.building && mkdir -p .cache
+	$(BIN)/python examples/make_gemma3_270m.py $@.building $(OPTIONS) > /dev/null
+	mv $@.building $@
+
+demo: venv .cache/gemma-3-270m .cache/gemma-3-270m-sharded
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+test: venv
+	$(BIN)/pytest -m ""
+
+test-fast: venv
+	$(BIN)/pytest
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Pin what a fresh resolution gives today.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install -q torch==2.13.0 && .venv-lock/bin/pip install -q '.[dev]'
+	.venv-lock/bin/pip freeze --exclude gemma-fold | grep -v '^nvidia' | sed 's/+cpu$$//' > constraints.txt
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .venvs .cache .demo build dist
