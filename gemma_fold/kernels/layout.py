@@ -87,6 +87,13 @@ def row_stride(x: Tensor, name: str) -> int:
     )
 
 
+def token_stride(heads: Tensor, name: str) -> int:
+    """Elements from one token's heads to the next, for ``heads`` of shape [..., heads, H]."""
+    if heads.shape[-1] > 1 and heads.stride(-1) != 1:
+        raise ValueError(f"{name} with strides {list(heads.stride())} has non-contiguous heads")
+    return row_stride(heads.select(-2, 0), name)
+
+
 def memory_order(x: Tensor) -> Sequence[int] | None:
     """The order of leading dimensions that makes ``x`` row-major, or None where it already is.
 

@@ -1,0 +1,48 @@
+"""RMSNorm of all q heads and all k heads in one launch, in place."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit(do_not_specialize=["n_rows", "q_step", "k_step", "q_head_step", "k_head_step"])
+def qk_rms_norm_kernel(
+    q_ptr,  # [tokens, Q_HEADS, H] bf16/fp16/fp32; strides q_step * UNIT, q_head_step * UNIT, 1
+    k_ptr,  # [tokens, K_HEADS, H] dtype of q; strides k_step * UNIT, k_head_step * UNIT, 1
+    q_gamma_ptr,  # [H] fp32
+    k_gamma_ptr,  # [H] fp32
+    n_rows,  # tokens * (Q_HEADS + K_HEADS)
+    q_step: tl.int64,
+    k_step: tl.int64,
+    q_head_step: tl.int64,
+    k_head_step: tl.int64,
+    eps,
+    UNIT: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,  # power of two >= H
+    M: tl.constexpr,  # heads per program
+    PDL: tl.constexpr,
+):
+    rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    live = (rows < n_rows) & (cols < H)
+    token = (rows // (Q_HEADS + K_HEADS)).to(tl.int64)
+    head = (rows % (Q_HEADS + K_HEADS)).to(tl.int64)
+    is_q = head < Q_HEADS
+    q_at = q_ptr + (token * q_step + head * q_head_step) * UNIT
+    k_at = k_ptr + (token * k_step + (head - Q_HEADS) * k_head_step) * UNIT
+    # Choosing a pointer, not a value: each head loads only its own row and its own gamma.
+    at = tl.where(is_q, q_at, k_at) + cols
+    gamma_at = tl.where(is_q, q_gamma_ptr, k_gamma_ptr) + cols
+    if PDL:
+        # The next kernel may be placed at once: it waits for this one before it reads.
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(at, mask=live, other=0.0).to(tl.float32)
+    gamma = tl.load(gamma_at, mask=live, other=0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / H + eps)
+    tl.store(at, (x * rstd * gamma).to(q_ptr.dtype.element_ty), mask=live)
