@@ -68,8 +68,8 @@ def check_loaded(
         )
     if len(gains) > folded or (len(gains) < folded and not unused):
         raise CheckpointError(
-            f"the model has {len(gains)} zero-centred norms but {folder / MANIFEST} lists {folded}; "
-            "fold the original again with this version of gemma-fold"
+            f"the model has {len(gains)} zero-centred norms but {folder / MANIFEST} lists "
+            f"{folded}; fold the original again with this version of gemma-fold"
         )
 
 

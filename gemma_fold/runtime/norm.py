@@ -151,10 +151,10 @@ class FoldedNorm(nn.Module):
             in_storage = self.fold.add_dtype == "storage"
             gamma = families.fold(weight, self.fold.offset, in_storage_dtype=in_storage)
             state_dict = {**state_dict, key: gamma.reshape(-1, 1)}
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "transformers" in sys.modules:  # an unpickled model must save itself as format 1
             import gemma_fold.runtime.transformers  # noqa: F401
 

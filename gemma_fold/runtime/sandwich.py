@@ -18,7 +18,9 @@ import importlib
 import inspect
 import textwrap
 import weakref
+from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -158,7 +160,7 @@ def fuse_layers(model: nn.Module) -> int:
         if not isinstance(module, nn.ModuleList):
             continue
         layers = [_fuse(layer) for layer in module if _is_known(layer)]
-        for layer, follower in zip(layers, layers[1:], strict=False):
+        for layer, follower in pairwise(layers):
             layer.follower = weakref.ref(follower)
         fused += len(layers)
     return fused
@@ -178,7 +180,7 @@ def _is_known(layer: nn.Module) -> bool:
     return (
         _MODELS.get(cls.__name__) == cls.__module__
         and all(type(getattr(layer, name, None)) is FoldedNorm for name in _NORMS)
-        and _statements_digest(cls) in _KNOWN_FORWARDS
+        and _statements_digest(cls.__dict__.get("forward")) in _KNOWN_FORWARDS
     )
 
 
@@ -189,14 +191,14 @@ def _fuse(layer: nn.Module) -> SandwichLayer:
 
 
 @cache
-def _statements_digest(cls: type[nn.Module]) -> str | None:
+def _statements_digest(forward: Callable[..., Any] | None) -> str:
     try:
-        source = textwrap.dedent(inspect.getsource(cls.forward))
+        source = textwrap.dedent(inspect.getsource(forward))  # type: ignore[arg-type]
         function = ast.parse(source).body[0]
     except (OSError, TypeError, SyntaxError):
-        return None
+        return ""
     if not isinstance(function, ast.FunctionDef):
-        return None
+        return ""
     statements = ast.unparse(ast.Module(function.body, []))
     return hashlib.sha256(statements.encode()).hexdigest()
 
