@@ -43,7 +43,7 @@ check: venv
 # Pin what a fresh resolution gives today.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install -q torch==2.13.0 && .venv-lock/bin/pip install -q '.[dev]'
+	.venv-lock/bin/pip install -q torch==2.13.0 triton==3.6.0 && .venv-lock/bin/pip install -q '.[dev]'
 	.venv-lock/bin/pip freeze --exclude gemma-fold | grep -v '^nvidia' | sed 's/+cpu$$//' > constraints.txt
 	rm -rf .venv-lock
 
