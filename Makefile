@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One thread a process: two test processes share small machines without fighting over cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-fast check lock clean
+.PHONY: help venv demo test test-fast check docs lock clean
 
 help:
 	@echo "make demo   a real Gemma 3 270M: inspect, convert, verify, unfold"
@@ -39,6 +39,9 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: venv .cache/gemma-3-270m
+	$(BIN)/python docs/generate.py
 
 # Pin what a fresh resolution gives today.
 lock:

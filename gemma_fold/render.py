@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -129,34 +128,32 @@ def verification(report: VerifyReport) -> str:
 
 
 class ProgressBar(Progress):
-    """A byte bar with the current file on stderr; nothing where stderr is no terminal."""
+    """A bar with bytes and the current file on stderr; nothing where stderr is no terminal."""
 
     def __init__(self, label: str) -> None:
         self._label = label
+        self._total = ""
         self._files = 0
+        self._file = ""
         self._bar: Any = None
-        self._context: AbstractContextManager[Any] | None = None
 
     def start(self, total_bytes: int, files: int) -> None:
-        self._files = files
-        self._context = click.progressbar(
+        self._total, self._files = human_size(total_bytes), files
+        self._bar = click.progressbar(
             length=total_bytes,
             label=self._label,
             file=sys.stderr,
             item_show_func=lambda item: item,
-            show_pos=False,
             hidden=not sys.stderr.isatty(),
-        )
-        self._bar = self._context.__enter__()
+        ).__enter__()
 
     def file(self, name: str, number: int) -> None:
-        if self._bar is not None:
-            self._bar.update(0, f"{number}/{self._files} {name}")
+        self._file = f"{number}/{self._files} {name}"
+        self.advance(0)
 
     def advance(self, n_bytes: int) -> None:
-        if self._bar is not None:
-            self._bar.update(n_bytes, self._bar.current_item)
+        done = human_size(self._bar.pos + n_bytes)
+        self._bar.update(n_bytes, f"{done} of {self._total}  {self._file}")
 
     def finish(self) -> None:
-        if self._context is not None:
-            self._context.__exit__(None, None, None)
+        self._bar.__exit__(None, None, None)

@@ -1,0 +1,44 @@
+"""Fill the generated blocks of the documents: `make docs`, and a test that nothing went stale.
+
+A block stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is a key of BLOCKS.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md",)
+MODEL = ".cache/gemma-3-270m"
+
+
+def inspect_transcript() -> str:
+    """What `gemma-fold inspect` prints for the real Gemma 3 270M."""
+    command = [sys.executable, "-m", "gemma_fold", "inspect", Path(MODEL).name]
+    result = subprocess.run(
+        command, cwd=(ROOT / MODEL).parent, capture_output=True, text=True, check=True
+    )
+    return f"```\n$ gemma-fold inspect {Path(MODEL).name}\n{result.stdout}```"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"inspect": inspect_transcript}
+
+
+def filled(text: str) -> str:
+    """`text` with every generated block made anew."""
+    return re.sub(
+        r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{BLOCKS[match[2]]()}\n{match[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    for name in DOCUMENTS:
+        path = ROOT / name
+        path.write_text(filled(path.read_text()))
