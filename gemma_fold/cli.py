@@ -57,6 +57,8 @@ def inspect(source: str, as_json: bool) -> None:
     _print(as_json, lambda: inspection.to_json(found), lambda: render.inspection(found))
     if found.classification.verdict in (Verdict.NOTHING_TO_FOLD, Verdict.UNSUPPORTED):
         sys.exit(3)
+    if found.incomplete:
+        sys.exit(2)
 
 
 @cli.command()

@@ -75,6 +75,12 @@ class Inspection:
     size: int
 
     @property
+    def incomplete(self) -> bool:
+        """Whether it could be folded, were it not for missing norms."""
+        verdict = self.classification
+        return verdict.verdict is Verdict.FOLDABLE and bool(verdict.missing)
+
+    @property
     def bf16_changes(self) -> int | None:
         """Elements that a bf16 gamma would change in all, where the norms were read."""
         known = [g.bf16_changes for g in self.norms if g.bf16_changes is not None]
@@ -209,7 +215,7 @@ def to_json(found: Inspection) -> dict[str, Any]:
         "source": str(Path(found.source)) if found.commit is None else found.source,
         "commit": found.commit,
         "model_type": verdict.model_type,
-        "verdict": verdict.verdict.value,
+        "verdict": "incomplete" if found.incomplete else verdict.verdict.value,
         "reason": verdict.reason,
         "missing": list(verdict.missing),
         "unclassified": list(verdict.unclassified),

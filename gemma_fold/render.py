@@ -60,8 +60,15 @@ def inspection(found: Inspection) -> str:
             rows = [[*row, _changes(g)] for row, g in zip(rows, found.norms, strict=True)]
         lines += [table(header, rows), ""]
     lines += _footnotes(found)
-    lines.append(f"verdict: {verdict.verdict.value}: {verdict.reason}")
+    lines.append(f"verdict: {_verdict(found)}")
     return "\n".join(lines)
+
+
+def _verdict(found: Inspection) -> str:
+    verdict = found.classification
+    if found.incomplete:
+        return f"incomplete: {len(verdict.missing)} norms that config.json calls for are missing"
+    return f"{verdict.verdict.value}: {verdict.reason}"
 
 
 def _group_row(group: Group) -> list[str]:

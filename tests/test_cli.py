@@ -71,6 +71,15 @@ def test_an_unclassified_norm_is_shown_and_exits_with_3(tmp_path: Path) -> None:
     assert "UNCLASSIFIED" in result.stdout and "verdict: unsupported" in result.stdout
 
 
+def test_a_missing_norm_is_named_and_exits_with_2(tmp_path: Path) -> None:
+    tensors = gemma3_tensors()
+    del tensors["model.norm.weight"]
+    result = run("inspect", write_checkpoint(tmp_path / "model", tensors))
+    assert result.returncode == 2
+    assert "missing: model.norm.weight" in result.stdout
+    assert "verdict: incomplete" in result.stdout
+
+
 def test_traps_are_named(tmp_path: Path) -> None:
     norm = read_tensors(write_checkpoint(tmp_path / "gemma"))["model.norm.weight"]
     layer = "model.layers.0"
