@@ -1,5 +1,6 @@
 """Which tensors of a checkpoint are zero-centred norms: one table, one matcher, no guessing."""
 
+from gemma_fold.rules.classes import CLASSES, NORM_CLASSES, NormClass
 from gemma_fold.rules.matcher import classify
 from gemma_fold.rules.model import (
     Classification,
@@ -9,5 +10,18 @@ from gemma_fold.rules.model import (
     TensorRule,
     Verdict,
 )
+from gemma_fold.rules.table import TABLE
 
-__all__ = ["Classification", "Evidence", "Fold", "Kind", "TensorRule", "Verdict", "classify"]
+__all__ = [
+    "CLASSES",
+    "NORM_CLASSES",
+    "TABLE",
+    "Classification",
+    "Evidence",
+    "Fold",
+    "Kind",
+    "NormClass",
+    "TensorRule",
+    "Verdict",
+    "classify",
+]

@@ -38,6 +38,14 @@ def expand(pattern: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def lookup(config: Config, path: str) -> Any:
+    """The value at a dotted path, or None."""
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Switch:
     """A config value that decides between zero-centred and plain.
@@ -48,30 +56,32 @@ class Switch:
 
     key: str
     test: Callable[[Any], bool | None]
-    absent: bool | None
-    why: str
+    absent: bool
 
     def is_zero_centred(self, config: Config) -> bool | None:
+        """True, False, or None where the config says something unknown."""
         value = lookup(config, self.key)
         return self.absent if value is None else self.test(value)
 
 
 def is_true(value: Any) -> bool | None:
-    """A switch test for plain booleans."""
+    """Switch test: a plain boolean."""
     return value if isinstance(value, bool) else None
 
 
+def is_positive(value: Any) -> bool | None:
+    """Switch test: a count, on where there is any."""
+    return value > 0 if isinstance(value, int) else None
+
+
 def one_of(**answers: bool) -> Callable[[Any], bool | None]:
-    """A switch test for names: the answer for each, None for any other."""
+    """Switch test: a name, with the answer for each one known."""
     return answers.get
 
 
-def lookup(config: Config, path: str) -> Any:
-    """The value at a dotted path, or None."""
-    value: Any = config
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+def mentions(word: str) -> Callable[[Any], bool | None]:
+    """Switch test: a name, on where `word` is in it."""
+    return lambda value: word in value.lower() if isinstance(value, str) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +90,10 @@ class Norm:
 
     names: pattern below the family's root (from the top of the checkpoint if `absolute`).
     optional: may be absent. unless_false: required unless this config value is false.
-    layer_types: only those layers have it, by the config's `layer_types`.
+    layer_types: only layers of these types have it, by the config's `layer_types`.
     layers: config path of the layer count where the family's own does not apply.
-    fold, switch, evidence: where they differ from the family's own.
+    kind: NOT_A_GAMMA for 1 + w that is no gain. fold, switch, evidence: where they differ from the
+    family's own.
     """
 
     names: str
@@ -100,11 +111,13 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Norm-like tensors of a family that are not zero-centred, and why that is worth saying."""
+    """Norm-like tensors of a family that are not zero-centred, and why that is worth saying.
+
+    names: as in `Norm`; or a prefix and `**`, for all norms of a part that no rule here is about.
+    """
 
     names: str
     why: str
-    absolute: bool = False
     kind: Kind = Kind.PLAIN
 
 
@@ -112,23 +125,46 @@ class Plain:
 class Part:
     """A model inside the model, with its own config and its own row.
 
-    key: where its config sits. prefixes: where its tensors start. default: its `model_type` where
-    the config does not say.
+    key: where its config sits. prefixes: where its tensors start. Its row is that of `model_type`,
+    whatever its config says, where the wrapper's code does not ask; else that of its config's own
+    `model_type`, or of `default` where it has none.
     """
 
     key: str
     prefixes: tuple[str, ...]
+    model_type: str = ""
     default: str = ""
+
+    def row(self, config: Config) -> str:
+        """The `model_type` whose row answers for this part."""
+        return self.model_type or str(config.get("model_type") or self.default)
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What only a checkpoint has that another tool converted, adding the offset under old names.
+
+    names: pattern below the family's root. last_dim: of its shape, where only the shape tells.
+    tool: who converts like this.
+    """
+
+    names: str
+    tool: str
+    last_dim: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """One row of the table.
 
-    model_types: `model_type` values the row answers for (`architectures` too, where these decide).
-    roots: what may stand before the names, one of them per checkpoint. layers: config path of the
-    layer count. past_last_layer: layers beyond it are draft (MTP) layers. refuse: why such a model
-    cannot be folded at all. all_plain: every norm not inside a part is plain.
+    model_types: `model_type` values the row answers for. architectures: names that decide before
+    `model_type` does. roots: what may stand before the names, one of them per checkpoint. parts:
+    models inside, by their own rows. layers: config path of the layer count. past_last_layer:
+    layers beyond it are draft (MTP) layers. switches: zero-centred only if all say so. converted:
+    signs of norms folded already. all_plain: every norm outside of the parts is plain. refuse: why
+    such a model cannot be folded at all. notes: for whoever folds it.
+
+    Two rows for one `model_type` are two layouts; the one with the most tensors answers.
     """
 
     model_types: tuple[str, ...]
@@ -140,7 +176,8 @@ class Family:
     layers: str = "num_hidden_layers"
     past_last_layer: bool = False
     fold: Fold = RMS_NORM
-    switch: Switch | None = None
+    switches: tuple[Switch, ...] = ()
+    converted: tuple[Converted, ...] = ()
     architectures: tuple[str, ...] = ()
     all_plain: bool = False
     refuse: str = ""

@@ -2,79 +2,79 @@
 
 from __future__ import annotations
 
-from gemma_fold.rules.model import Evidence
+from gemma_fold.rules.families.common import (
+    PRE_NORMS,
+    QK_NORMS,
+    SANDWICH,
+    TEXT_ROOTS,
+    VISION_NORM,
+    ran,
+)
 from gemma_fold.rules.row import Family, Norm, Part, Plain
 
-
-def _ran(source: str) -> Evidence:
-    return Evidence("executed", f"transformers 5.23 models/{source}")
-
-
-TEXT_ROOTS = ("model.", "", "transformer.")
-SANDWICH = "layers.{i}.{input,post_attention,pre_feedforward,post_feedforward}_layernorm.weight"
-PRE_NORMS = "layers.{i}.{input,post_attention}_layernorm.weight"
-QK_NORMS = "layers.{i}.self_attn.{q,k}_norm.weight"
-
-_SIGLIP_WHY = "LayerNorm of the SigLIP vision tower: its weight is the gain itself"
-SIGLIP = (
-    Plain("vision_tower.{,vision_model.}encoder.layers.{i}.layer_norm{1,2}.weight", _SIGLIP_WHY),
+_SIGLIP = (
+    Plain("vision_tower.{,vision_model.}encoder.layers.{i}.layer_norm{1,2}.weight", VISION_NORM),
     Plain(
         "vision_tower.{,vision_model.}{post_layernorm,head.layernorm}.weight",
-        _SIGLIP_WHY + ", though the name ends like a Gemma norm",
+        VISION_NORM + ", though the name ends like a Gemma norm",
     ),
 )
-_VLM_PREFIXES = ("language_model.", "model.language_model.")
+_LANGUAGE_MODEL = ("language_model.", "model.language_model.")
 
 GEMMA = (
     Family(
         model_types=("gemma",),
         roots=TEXT_ROOTS,
         norms=(Norm(PRE_NORMS), Norm("norm.weight")),
-        evidence=_ran("gemma/modeling_gemma.py:63"),
+        evidence=ran("gemma/modeling_gemma.py:63"),
     ),
     Family(
         model_types=("gemma2",),
         roots=TEXT_ROOTS,
         norms=(Norm(SANDWICH), Norm("norm.weight")),
-        evidence=_ran("gemma2/modeling_gemma2.py:48"),
+        evidence=ran("gemma2/modeling_gemma2.py:48"),
     ),
     Family(  # also EmbeddingGemma (a base model, so without `model.`) and Rnj-1
         model_types=("gemma3_text",),
         architectures=("Rnj1ForCausalLM",),
         roots=TEXT_ROOTS,
         norms=(Norm(SANDWICH), Norm(QK_NORMS), Norm("norm.weight")),
-        evidence=_ran("gemma3/modeling_gemma3.py:135"),
+        evidence=ran("gemma3/modeling_gemma3.py:135"),
     ),
     Family(
         model_types=("gemma3",),
         roots=("", "model."),
         norms=(Norm("multi_modal_projector.mm_soft_emb_norm.weight"),),
-        plain=SIGLIP,
-        parts=(Part("text_config", _VLM_PREFIXES, default="gemma3_text"),),
-        evidence=_ran("gemma3/modeling_gemma3.py:135"),
+        plain=_SIGLIP,
+        parts=(Part("text_config", _LANGUAGE_MODEL, model_type="gemma3_text"),),
+        evidence=ran("gemma3/modeling_gemma3.py:135"),
     ),
     Family(
         model_types=("shieldgemma2",),
         roots=("model.", "model.model.", ""),
         norms=(Norm("multi_modal_projector.mm_soft_emb_norm.weight"),),
-        plain=SIGLIP,
+        plain=_SIGLIP,
         parts=(
-            Part("text_config", (*_VLM_PREFIXES, "model.model.language_model."), "gemma3_text"),
+            Part(
+                "text_config",
+                (*_LANGUAGE_MODEL, "model.model.language_model."),
+                default="gemma3_text",
+            ),
         ),
-        evidence=_ran("gemma3/modeling_gemma3.py:135"),
+        evidence=ran("gemma3/modeling_gemma3.py:135"),
     ),
     Family(
         model_types=("paligemma",),
         roots=("", "model."),
-        plain=SIGLIP,
-        parts=(Part("text_config", _VLM_PREFIXES, default="gemma"),),
-        evidence=_ran("paligemma/modeling_paligemma.py, text by its own model_type"),
+        plain=_SIGLIP,
+        parts=(Part("text_config", _LANGUAGE_MODEL, default="gemma"),),
+        evidence=ran("paligemma/modeling_paligemma.py, text by its own model_type"),
     ),
     Family(
         model_types=("colpali",),
         roots=("",),
         parts=(Part("vlm_config", ("vlm.", ""), default="paligemma"),),
-        evidence=_ran("colpali/modeling_colpali.py, text by its own model_type"),
+        evidence=ran("colpali/modeling_colpali.py, text by its own model_type"),
     ),
     Family(
         model_types=("pi0",),
@@ -91,7 +91,7 @@ GEMMA = (
                 default="gemma",
             ),
         ),
-        evidence=_ran("pi0/modeling_pi0.py, both halves by their own model_type"),
+        evidence=ran("pi0/modeling_pi0.py, both halves by their own model_type"),
     ),
     Family(
         model_types=("vaultgemma",),
@@ -100,7 +100,7 @@ GEMMA = (
             Norm("layers.{i}.{input,pre_feedforward}_layernorm.weight"),
             Norm("norm.weight"),
         ),
-        evidence=_ran("vaultgemma/modeling_vaultgemma.py:45"),
+        evidence=ran("vaultgemma/modeling_vaultgemma.py:45"),
     ),
     Family(
         model_types=("recurrent_gemma",),
@@ -108,7 +108,7 @@ GEMMA = (
             Norm("layers.{i}.{temporal,channel}_pre_norm.weight"),
             Norm("final_norm.weight"),
         ),
-        evidence=_ran("recurrent_gemma/modeling_recurrent_gemma.py:44"),
+        evidence=ran("recurrent_gemma/modeling_recurrent_gemma.py:44"),
     ),
     Family(
         model_types=("t5gemma",),
@@ -125,7 +125,7 @@ GEMMA = (
             Norm("encoder.norm.weight"),
             Norm("decoder.norm.weight", unless_false="is_encoder_decoder"),
         ),
-        evidence=_ran("t5gemma/modeling_t5gemma.py:60"),
+        evidence=ran("t5gemma/modeling_t5gemma.py:60"),
     ),
     Family(
         model_types=("t5gemma2",),
@@ -149,7 +149,7 @@ GEMMA = (
             Norm("{encoder,decoder}.norm.weight"),
             Norm("encoder.multi_modal_projector.mm_soft_emb_norm.weight"),
         ),
-        plain=tuple(Plain("encoder." + trap.names, trap.why) for trap in SIGLIP),
-        evidence=_ran("t5gemma2/modeling_t5gemma2.py:54"),
+        plain=tuple(Plain("encoder." + trap.names, trap.why) for trap in _SIGLIP),
+        evidence=ran("t5gemma2/modeling_t5gemma2.py:54"),
     ),
 )

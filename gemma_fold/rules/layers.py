@@ -1,0 +1,70 @@
+"""How many layers a model has and of which types: what its norms are counted against."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from gemma_fold.rules.row import Config, Family, Norm, lookup
+from gemma_fold.rules.tree import templates
+
+#: An index inside a tensor name: a number between dots.
+INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(slots=True)
+class Layers:
+    """The layers of one model. counted: config paths that were absent, so tensors were counted."""
+
+    config: Config
+    row: Family
+    root: str
+    names: Mapping[str, list[str]]
+    counted: dict[str, int] = field(default_factory=dict)
+
+    def limit(self, norm: Norm) -> int | None:
+        """The first index that is no layer the row knows; None without a limit."""
+        if norm.absolute or "{i}" not in norm.names or self.row.past_last_layer:
+            return None
+        return self._count(norm)
+
+    def required(self, norm: Norm) -> Iterable[int]:
+        """The layers that must have `norm`; none where the config does not tell."""
+        count = self._count(norm)
+        if not norm.layer_types:
+            return range(count)
+        return [i for i in range(count) if self._types(i) & set(norm.layer_types)]
+
+    def _types(self, layer: int) -> set[str]:
+        found = set()
+        for key in ("layer_types", "layers_block_type", "mlp_layer_types"):
+            types = self.config.get(key)
+            if isinstance(types, list) and layer < len(types):
+                found.add(str(types[layer]))
+        interval = self.config.get("full_attention_interval")
+        if "layer_types" not in self.config and isinstance(interval, int) and interval > 0:
+            found.add("linear_attention" if (layer + 1) % interval else "full_attention")
+        return found
+
+    def _count(self, norm: Norm) -> int:
+        path = norm.layers or self.row.layers
+        value = lookup(self.config, path)
+        if isinstance(value, int):
+            return value
+        # Configs may leave out what equals their class's default; the tensors are all there is.
+        if path not in self.counted:
+            self.counted[path] = self._count_tensors(path)
+        return self.counted[path]
+
+    def _count_tensors(self, path: str) -> int:
+        found = [
+            int(index[0])
+            for norm in self.row.norms
+            if not norm.absolute and (norm.layers or self.row.layers) == path
+            for template in templates(norm, self.root)
+            if "{i}" in template
+            for name in self.names.get(template, ())
+            if (index := INDEX.search(name))
+        ]
+        return max(found, default=0) + 1

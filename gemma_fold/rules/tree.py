@@ -1,0 +1,112 @@
+"""A checkpoint as a tree of models: a wrapper, the models inside it, each with its own config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from gemma_fold.rules.row import Config, Family, Norm, Plain, expand, lookup
+from gemma_fold.rules.table import BY_ARCHITECTURE, BY_MODEL_TYPE
+
+
+class Refused(Exception):
+    """The model cannot be folded; the message is the reason to give."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One model of the tree.
+
+    layouts: its rows, of which `choose_layout` picks one. bases: what its tensors may start with,
+    before the roots of the row. plain: none of its own norms is zero-centred.
+    """
+
+    model_type: str
+    config: Config
+    layouts: tuple[Family, ...]
+    bases: tuple[str, ...]
+    plain: bool
+
+
+def build_tree(
+    config: Config, model_type: str, bases: tuple[str, ...] = ("",), where: str = "config.json"
+) -> Iterator[Node]:
+    """All nodes, the models inside first and the whole last.
+
+    Raises Refused where a `model_type` has no row, or its row refuses it.
+    """
+    layouts = _rows(config, model_type, where)
+    row = layouts[0]
+    if row.refuse:
+        raise Refused(f"{model_type} cannot be folded: {row.refuse}")
+    for key, sub, sub_type, prefixes in _parts(row, config):
+        below = tuple(base + p for base in bases for prefix in prefixes for p in expand(prefix))
+        yield from build_tree(sub, sub_type, below, f"{key} of {model_type}")
+    yield Node(model_type, config, layouts, bases, _stores_plain_gamma(row, model_type, config))
+
+
+def choose_layout(node: Node, names: Mapping[str, list[str]]) -> tuple[Family, str]:
+    """The row and the full root with the most tensors in `names`; the first of each if none has."""
+    candidates = [
+        (row, base + root) for row in node.layouts for base in node.bases for root in row.roots
+    ]
+
+    def hits(candidate: tuple[Family, str]) -> int:
+        row, root = candidate
+        lines: list[Norm | Plain] = [*(line for line in row.norms if not line.absolute), *row.plain]
+        return sum(template in names for line in lines for template in templates(line, root))
+
+    return max(candidates, key=hits)
+
+
+def templates(line: Norm | Plain, root: str) -> tuple[str, ...]:
+    """The full names of a line of a row, `{i}` for each index."""
+    if isinstance(line, Norm) and line.absolute:
+        return expand(line.names)
+    return tuple(root + name for name in expand(line.names))
+
+
+def _rows(config: Config, model_type: str, where: str) -> tuple[Family, ...]:
+    for architecture in config.get("architectures") or ():
+        if architecture in BY_ARCHITECTURE:
+            return BY_ARCHITECTURE[architecture]
+    if model_type in BY_MODEL_TYPE:
+        return BY_MODEL_TYPE[model_type]
+    named = f"model_type {model_type!r}" if model_type else "no model_type"
+    raise Refused(
+        f"{where} has {named}, for which no rule says which norms are zero-centred; "
+        "add a row to gemma_fold/rules/families"
+    )
+
+
+def _parts(row: Family, config: Config) -> Iterator[tuple[str, Config, str, tuple[str, ...]]]:
+    """(key, sub-config, its model_type, prefixes) of each model inside."""
+    for part in row.parts:
+        sub = lookup(config, part.key)
+        sub = sub if isinstance(sub, Mapping) else {}
+        yield part.key, sub, part.row(sub), part.prefixes
+    if row.all_plain:
+        for key, sub in config.items():
+            if isinstance(sub, Mapping) and isinstance(sub.get("model_type"), str):
+                yield key, sub, sub["model_type"], _usual_prefixes(key)
+
+
+def _usual_prefixes(key: str) -> tuple[str, ...]:
+    """Where wrappers that take any model put the one configured under `key`."""
+    name = key.removesuffix("_config")
+    if name in ("text", "llm", "language", "lm"):
+        return ("{,model.}{language_model,text_model,llm}.", "model.", "")
+    return (f"{{,model.}}{name}{{,_model,_tower}}.",)
+
+
+def _stores_plain_gamma(row: Family, model_type: str, config: Config) -> bool:
+    for switch in row.switches:
+        answer = switch.is_zero_centred(config)
+        if answer is None:
+            raise Refused(
+                f"{model_type} with {switch.key}={lookup(config, switch.key)!r} is unknown, "
+                "so nothing says whether its norms are zero-centred; add the value to its row"
+            )
+        if not answer:
+            return True
+    return row.all_plain
