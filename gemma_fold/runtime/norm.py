@@ -100,14 +100,11 @@ class FoldedNorm(nn.Module):
         assert parameter is not None
         return parameter
 
-    @gain.setter
-    def gain(self, parameter: nn.Parameter) -> None:
-        self._parameters[self.gain_name] = parameter
-
     def lock(self) -> None:
         """Give a gamma loaded as [H] its [H, 1] shape."""
         old = self.gain
-        self.gain = nn.Parameter(old.detach().reshape(-1, 1), requires_grad=old.requires_grad)
+        gamma = old.detach().reshape(-1, 1)
+        self._parameters[self.gain_name] = nn.Parameter(gamma, requires_grad=old.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: [..., H]. Returns the norm in the dtype of `x`."""

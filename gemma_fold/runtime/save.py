@@ -51,8 +51,8 @@ def save_folded(
 ) -> None:
     """Run transformers' `save_pretrained` and complete its folder to format 1.
 
-    A gamma that training moved to a value no w folds to (|gamma| < 1/2, fp32) is rounded to the
-    nearest that one does, by at most 2^-25: the format promises that every gamma can be unfolded.
+    A gamma that training moved to a value no fp32 w folds to is rounded to the nearest that one
+    does, by a last bit of w: the format promises that every gamma can be unfolded.
 
     Raises UsageError for options format 1 has no place for, UnsupportedModelError or
     CheckpointError where what was written cannot be completed; every loader refuses it then.

@@ -23,6 +23,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from gemma_fold.checkpoint.hub import looks_like_hub_id, parse_hub_id
 from gemma_fold.checkpoint.source import CONFIG, MANIFEST
 from gemma_fold.errors import CheckpointError, EnvironmentProblem, UnsupportedModelError
 from gemma_fold.manifest import MODEL_TYPE, read_manifest
@@ -65,16 +66,20 @@ class UnknownModelTypeError(UnsupportedModelError, ValueError):
 def load(path_or_hub_id: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Load a folded checkpoint as the transformers model it was made from.
 
-    `path_or_hub_id` is a folder or a Hub id; `kwargs` go to `from_pretrained` (dtype, device_map,
-    revision, ...). The class is the one the original's config names first.
+    `path_or_hub_id` is a folder or a Hub id (`org/name[@revision]`); `kwargs` go to
+    `from_pretrained` (dtype, device_map, ...). The class is the one the original's config names.
 
     Raises:
         CheckpointError: not a folded checkpoint, of a later format, or damaged.
         UnsupportedModelError: the installed transformers does not know the model.
     """
     name = os.fspath(path_or_hub_id)
-    if os.path.exists(name) and not os.path.isdir(name):
-        raise CheckpointError(f"{name} is a file; give the folder of a folded checkpoint")
+    if looks_like_hub_id(name):
+        name, revision = parse_hub_id(name)
+        kwargs |= {"revision": revision} if revision else {}
+    elif not os.path.isdir(name):
+        problem = "is a file" if os.path.exists(name) else "does not exist"
+        raise CheckpointError(f"{name} {problem}; give the folder of a folded checkpoint")
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     found = cached_file(name, CONFIG, _raise_exceptions_for_missing_entries=False, **hub)
     if found is None:
@@ -203,8 +208,10 @@ def _says_folded(config: Path | None) -> bool:
 def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        adapters = getattr(self, "_hf_peft_config_loaded", False)
-        if adapters or not any(isinstance(module, FoldedNorm) for module in self.modules()):
+        if getattr(self, "_hf_peft_config_loaded", False):  # saves its adapters only
+            return original(self, save_directory, *args, **kwargs)
+        if not any(isinstance(module, FoldedNorm) for module in self.modules()):
+            (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # of what was there before
             return original(self, save_directory, *args, **kwargs)
         bound = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
         return save_folded(original, self, Path(save_directory), bound)
