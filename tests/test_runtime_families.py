@@ -37,6 +37,17 @@ def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
         assert bool(torch.isfinite(one).all())
 
 
+def aligned(model: Any) -> Any:
+    """Copy the weights out of the mapped files.
+
+    Some CPU matrix products give other last bits for other alignments, and fp32 weights are used
+    where they lie in the file.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 def generated(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     prompt = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
     return model.generate(**prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)
@@ -53,8 +64,8 @@ def test_a_folded_checkpoint_says_what_the_original_says(
 ) -> None:
     source = tiny.save(family, tmp_path / "source", dtype)
     report = convert(source, tmp_path / "folded")
-    original = type(tiny.build(family)).from_pretrained(source)
-    folded = gemma_fold.load(tmp_path / "folded")
+    original = aligned(type(tiny.build(family)).from_pretrained(source))
+    folded = aligned(gemma_fold.load(tmp_path / "folded"))
     assert type(folded) is type(original)
     assert folded_norms(folded) == report.tensors > 0
     inputs = tiny.inputs(family, dtype)
@@ -108,7 +119,8 @@ def test_a_saved_model_is_a_folded_checkpoint(family: str, tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "saved")
     assert verify(tmp_path / "saved").problems == ()
     inputs = tiny.inputs(family, torch.bfloat16)
-    expected = outputs(model, inputs)
-    assert_same(expected, outputs(gemma_fold.load(tmp_path / "saved"), inputs))
+    expected = outputs(aligned(model), inputs)
+    assert_same(expected, outputs(aligned(gemma_fold.load(tmp_path / "saved")), inputs))
     unfold(tmp_path / "saved", tmp_path / "plain")
-    assert_same(expected, outputs(type(model).from_pretrained(tmp_path / "plain"), inputs))
+    plain = aligned(type(model).from_pretrained(tmp_path / "plain"))
+    assert_same(expected, outputs(plain, inputs))
