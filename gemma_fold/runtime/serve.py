@@ -1,0 +1,96 @@
+"""`gemma-fold serve`: an engine's own server that knows folded checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from gemma_fold.checkpoint import hub
+from gemma_fold.errors import EnvironmentProblem, GemmaFoldError, UsageError
+from gemma_fold.folded import open_folded
+
+ENGINES = ("auto", "vllm", "sglang", "transformers")
+LOCALHOST = "127.0.0.1"
+
+
+def serve(
+    checkpoint: str | os.PathLike[str],
+    engine: str = "auto",
+    host: str = LOCALHOST,
+    port: int = 8000,
+    engine_args: Sequence[str] = (),
+) -> None:
+    """Check a folded checkpoint, then serve it over an OpenAI-compatible API until interrupted.
+
+    `checkpoint` is a folder or a Hub id (`org/name[@revision]`), which is downloaded. `engine` is
+    one of ENGINES; "auto" is transformers in this release. `engine_args` go to the engine's server
+    as they are.
+
+    Raises:
+        UsageError: an engine or argument there is not.
+        CheckpointError: not a folded checkpoint, of a later format, or damaged.
+        EnvironmentProblem: the engine is not installed, or the port is taken.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"there is no engine {engine}; choose from {', '.join(ENGINES)}")
+    if engine in ("vllm", "sglang"):
+        raise UsageError(
+            f"{engine} cannot serve folded checkpoints in this release; use --engine transformers"
+        )
+    folder = _folder(os.fspath(checkpoint))
+    open_folded(folder)
+    _check_port(host, port)
+    _serve_transformers(folder, host, port, engine_args)
+
+
+def _folder(checkpoint: str) -> Path:
+    if not hub.looks_like_hub_id(checkpoint):
+        return Path(checkpoint)
+    repo_id, revision = hub.parse_hub_id(checkpoint)
+    path, _ = hub.download(repo_id, revision)
+    return Path(path)
+
+
+def _check_port(host: str, port: int) -> None:
+    """EnvironmentProblem where nothing can listen there, before a large model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise EnvironmentProblem(
+            f"cannot listen on {host}:{port}: {reason}; choose another --host or --port"
+        ) from error
+
+
+def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
+    missing = [n for n in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(n) is None]
+    if importlib.util.find_spec("transformers") is None or missing:
+        raise EnvironmentProblem(
+            "the transformers server is not installed; install it with: "
+            "pip install 'gemma-fold[transformers,serve]'"
+        )
+    from transformers.cli.transformers import app
+
+    import gemma_fold.runtime.transformers  # noqa: F401  (teaches transformers the format)
+
+    command = ["serve", str(folder), "--host", host, "--port", str(port), *arguments]
+    try:
+        app(command, standalone_mode=False)
+    except KeyboardInterrupt:
+        return  # how a server is stopped
+    except GemmaFoldError:
+        raise
+    except Exception as error:
+        # The command line library of transformers reports wrong arguments this way.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        raise UsageError(f"transformers serve: {message()}") from error

@@ -1,0 +1,121 @@
+"""`transformers serve`, started by gemma-fold, says over HTTP what it says for the original."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+import tiny
+import torch
+from test_runtime import tiny_tokenizer
+
+from gemma_fold.convert import convert
+from gemma_fold.errors import CheckpointError, EnvironmentProblem, UsageError
+from gemma_fold.runtime.serve import serve
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+OURS = "import sys; from gemma_fold.runtime.serve import serve; serve(sys.argv[1], port={port})"
+PLAIN = (
+    "import sys; from transformers.cli.transformers import app; "
+    "app(['serve', sys.argv[1], '--host', '127.0.0.1', '--port', '{port}'])"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(program: str, folder: Path, log: Path) -> Iterator[openai.OpenAI]:
+    """Run a server in its own process until it answers, and stop it by signal at the end."""
+    port = free_port()
+    command = [sys.executable, "-c", program.format(port=port), str(folder)]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(600):
+            if process.poll() is not None:
+                pytest.fail(f"the server ended: {log.read_text()[-2000:]}")
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tiny.save("gemma3_text", tmp_path / "source", torch.bfloat16)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folded(source: Path, tmp_path: Path) -> Path:
+    convert(source, tmp_path / "folded")
+    return tmp_path / "folded"
+
+
+@pytest.mark.slow
+def test_the_same_greedy_text_as_the_original(source: Path, folded: Path, tmp_path: Path) -> None:
+    texts = []
+    for program, folder in ((PLAIN, source), (OURS, folded)):
+        with server(program, folder, tmp_path / "log") as client:
+            answers = [
+                client.chat.completions.create(
+                    model=str(folder),
+                    messages=[{"role": "user", "content": prompt}],
+                    temperature=0,
+                    max_tokens=12,
+                )
+                for prompt in ("w5 w7 w11 w13", "w80 w4")
+            ]
+        texts.append([answer.choices[0].message.content for answer in answers])
+    assert texts[0] == texts[1]
+    assert all(texts[0])
+
+
+def test_other_engines_say_that_they_cannot(folded: Path) -> None:
+    for engine in ("vllm", "sglang"):
+        with pytest.raises(UsageError, match=f"{engine} cannot serve .* --engine transformers"):
+            serve(folded, engine)
+    with pytest.raises(UsageError, match="no engine ollama"):
+        serve(folded, "ollama")
+
+
+def test_only_folded_checkpoints_are_served(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a folded checkpoint"):
+        serve(source)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        serve(tmp_path / "nowhere")
+
+
+def test_a_port_in_use_is_noticed_first(folded: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(EnvironmentProblem, match=f"cannot listen on 127.0.0.1:{port}"):
+            serve(folded, port=port)
+
+
+def test_wrong_engine_arguments_are_the_engines_to_judge(folded: Path) -> None:
+    with pytest.raises(UsageError, match=r"transformers serve: .*no-such-option"):
+        serve(folded, port=free_port(), engine_args=["--no-such-option"])
