@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from gemma_fold._version import __version__
 from gemma_fold.errors import GemmaFoldError
 
 EXIT_INTERRUPTED = 130
+_path = click.Path(dir_okay=True, path_type=Path)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
@@ -150,6 +152,76 @@ def unfold(folded: str, out: str, resume: bool, force: bool, as_json: bool) -> N
 
     report = run(folded, out, resume=resume, force=force, progress=render.ProgressBar("unfolding"))
     _print(as_json, lambda: _plain(report), lambda: render.conversion(report, verb="unfolded"))
+
+
+@cli.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--structure-only", is_flag=True, help="Headers and configs only: no download.")
+@click.option(
+    "--outputs/--no-outputs",
+    default=None,
+    help="Run both and compare logits. Default: if both can be run.",
+)
+@click.option(
+    "--engine",
+    multiple=True,
+    metavar="ENGINE",
+    help="transformers (default), or the address of an OpenAI-compatible server, whose top "
+    "log-probabilities are compared. Twice: for A, then for B.",
+)
+@click.option("--text", type=_path, metavar="FILE", help="Read this instead of the bundled text.")
+@click.option("--context", default=1024, show_default=True, help="Tokens in a window.")
+@click.option("--prompts", default=4, show_default=True, type=click.IntRange(0, 4))
+@click.option("--new-tokens", default=32, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="What both are run in; auto is A's own.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
+@click.option("--noise-floor/--no-noise-floor", default=True, help="Also compare A with itself.")
+@click.option("--save-logits", type=_path, metavar="FILE", help="Keep A's logits.")
+@click.option("--logits", type=_path, metavar="FILE", help="A's logits, instead of running A.")
+@click.option("--timeout", default=120.0, show_default=True, help="Seconds to wait for a server.")
+@click.option("--max-kl", type=float, metavar="NATS", help="Mean KL to tolerate.")
+@click.option(
+    "--max-ulp",
+    default=0,
+    metavar="N",
+    help="Error of gamma to tolerate, in float32 ulp; 65536 is one bf16 ulp.",
+)
+@_json_option
+@click.option("--markdown", is_flag=True, help="Print Markdown, for a model card.")
+@click.option("--html", type=_path, metavar="FILE", help="Write a report to look at.")
+def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **given: Any) -> None:
+    """Compare A, the reference, with B: structure, every weight, and what the models answer.
+
+    Each is a folder (original or folded), a Hub id, or the http:// address of a server. Exits
+    with 0 where they are the same, with 1 where they differ, and with 2 where that could not be
+    found out. Without --max-kl, outputs are the same where no value differs, or where the mean KL
+    is within the noise of A itself.
+
+    \b
+    Examples:
+      gemma-fold diff ./gemma-3-270m ./gemma-3-270m-folded --html report.html
+      gemma-fold diff google/gemma-3-270m ./gemma-3-270m-folded --no-outputs
+      gemma-fold diff http://127.0.0.1:8000 http://127.0.0.1:8001 --max-kl 1e-3
+    """
+    from gemma_fold import render
+    from gemma_fold.diff import report
+    from gemma_fold.diff.command import run
+
+    found = run(a, b, html=html, progress=render.ProgressBar("comparing"), **given)
+    _print(
+        as_json,
+        lambda: report.to_json(found),
+        lambda: report.markdown(found) if markdown else report.text(found),
+    )
+    if not found.verdict.same:
+        sys.exit(1)
 
 
 def _print(as_json: bool, plain: Callable[[], Any], text: Callable[[], str]) -> None:

@@ -1,0 +1,243 @@
+"""Compare what two running models say of the same tokens, where at least one is a server.
+
+A server tells the k most likely tokens, not the whole distribution. The divergences here are those
+of the distributions over the tokens that both sides list and one more outcome, "any other token":
+merging outcomes never increases a divergence, so they are lower bounds of the true ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from gemma_fold.diff.endpoint import TOP_K, Endpoint, Position
+from gemma_fold.diff.engine import Model, running
+from gemma_fold.diff.full import Settings, engine_name
+from gemma_fold.diff.outputs import Rows, join, summarize
+from gemma_fold.diff.results import Continuation, Outputs, first_difference
+from gemma_fold.diff.sides import Side
+from gemma_fold.diff.tokens import PROMPTS, NothingInCommonError, Tokens, read_text
+from gemma_fold.progress import Progress
+
+_LETTERS = 3000  # a passage of text, where only the server can count tokens
+_SMALLEST = 1e-9  # probability of "any other token": what rounding leaves of it is not below
+
+Text = str | tuple[int, ...]
+Positions = list[Position]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one side said: positions of every passage, and greedy continuations with their text."""
+
+    passages: list[Positions]
+    greedy: list[tuple[tuple[str, ...], str]]
+    engine: str
+
+
+class Source(Protocol):
+    """A side that can be asked."""
+
+    name: str
+
+    def read(self, text: Text) -> Positions:
+        """Every token of `text` but the first, with the top k in its place."""
+
+    def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
+        """Tokens and text of the most likely continuation."""
+
+
+class _Server:
+    def __init__(self, endpoint: Endpoint, by_id: bool) -> None:
+        self._endpoint, self._by_id = endpoint, by_id
+        self.name = f"{endpoint.url}, model {endpoint.model}"
+
+    def read(self, text: Text) -> Positions:
+        return self._endpoint.read(text, by_id=self._by_id)
+
+    def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
+        return self._endpoint.continue_greedily(text, tokens, by_id=self._by_id)
+
+
+class _Local:
+    def __init__(self, model: Model, tokens: Tokens, settings: Settings, by_id: bool) -> None:
+        self._model, self._tokens, self._by_id = model, tokens, by_id
+        self.name = engine_name(model, settings.device)
+
+    def read(self, text: Text) -> Positions:
+        assert not isinstance(text, str)
+        logprobs = self._model.logits((text,))[0].double().log_softmax(-1).cpu()
+        best = logprobs.topk(min(TOP_K, logprobs.shape[-1]))
+        return [
+            Position(
+                self._name(token),
+                float(logprobs[at, token]),
+                {self._name(i): p for i, p in zip(ids.tolist(), values.tolist(), strict=True)},
+            )
+            for at, (token, ids, values) in enumerate(
+                zip(text[1:], best.indices[:-1], best.values[:-1], strict=True)
+            )
+        ]
+
+    def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
+        prompt = next(p for p in self._tokens.prompts if p.ids == text)
+        ids = self._model.continue_greedily(prompt, tokens)
+        return tuple(map(self._name, ids)), self._tokens.text(ids)
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self._by_id else self._tokens.text((token,))
+
+
+def compare_top(
+    a: Side | Endpoint,
+    b: Side | Endpoint,
+    tokens: Tokens | None,
+    text: Path | None,
+    prompts: int,
+    settings: Settings,
+    progress: Progress,
+) -> Outputs:
+    """Compare the top k where A or B is a server. `tokens` is None where both are.
+
+    Raises NothingInCommonError where the tokens differ, and EnvironmentProblem where a
+    server is down, too slow, or tells no log-probabilities.
+    """
+    by_id = all([e.names_ids() for e in (a, b) if isinstance(e, Endpoint)])
+    passages, starts, origin = _texts(tokens, text, prompts)
+    progress.start(2 * len(passages), 2)
+    readings = []
+    floor: list[Positions] | None = None
+    for number, side in enumerate((a, b), 1):
+        with _source(side, tokens, settings, by_id) as source:
+            readings.append(_read(source, passages, starts, settings, progress, number))
+            if number == 1 and isinstance(side, Endpoint) and settings.noise_floor:
+                floor = _read_at_once(source, passages)
+    progress.finish()
+    one, two = readings
+    rows = compare_positions(one.passages, two.passages)
+    noise = compare_positions(one.passages, floor) if floor else None
+    return Outputs(
+        stats=summarize(rows, vocabulary=None, top_k=TOP_K),
+        floor=summarize(noise, vocabulary=None, top_k=TOP_K) if noise else None,
+        floor_how="A asked again, all passages at once instead of one by one" if noise else "",
+        greedy=tuple(
+            Continuation(
+                prompt, max(len(x[0]), len(y[0])), first_difference(x[0], y[0]), x[1], y[1]
+            )
+            for prompt, x, y in zip(PROMPTS[:prompts], one.greedy, two.greedy, strict=True)
+        ),
+        text=origin,
+        windows=len(passages),
+        context=len(passages[0]) if tokens else 0,
+        engines=(one.engine, two.engine),
+        kl=(rows.kl_ab, noise.kl_ab if noise else None),
+    )
+
+
+def _texts(
+    tokens: Tokens | None, path: Path | None, prompts: int
+) -> tuple[Sequence[Text], Sequence[Text], str]:
+    if tokens is not None:
+        return tokens.windows, [prompt.ids for prompt in tokens.prompts], tokens.origin
+    text, origin = read_text(path)
+    return split_text(text), PROMPTS[:prompts], origin
+
+
+def split_text(text: str, letters: int = _LETTERS) -> list[str]:
+    """Passages of whole lines, of about `letters` characters each."""
+    passages = [""]
+    for line in text.splitlines(keepends=True):
+        if len(passages[-1]) + len(line) > letters and passages[-1]:
+            passages.append("")
+        passages[-1] += line
+    return [passage for passage in passages if passage.strip()]
+
+
+@contextmanager
+def _source(
+    side: Side | Endpoint, tokens: Tokens | None, settings: Settings, by_id: bool
+) -> Iterator[Source]:
+    if isinstance(side, Endpoint):
+        yield _Server(side, by_id)
+        return
+    assert tokens is not None
+    with running(side, settings.dtype, settings.device) as model:
+        yield _Local(model, tokens, settings, by_id)
+
+
+def _read(
+    source: Source,
+    passages: Sequence[Text],
+    starts: Sequence[Text],
+    settings: Settings,
+    progress: Progress,
+    number: int,
+) -> Reading:
+    read = []
+    for index, passage in enumerate(passages, 1):
+        progress.file(f"{'AB'[number - 1]}, passage {index}", number)
+        read.append(source.read(passage))
+        progress.advance(1)
+    greedy = [source.continue_greedily(start, settings.new_tokens) for start in starts]
+    return Reading(read, greedy, source.name)
+
+
+def _read_at_once(source: Source, passages: Sequence[Text]) -> list[Positions]:
+    with ThreadPoolExecutor(len(passages)) as pool:
+        return list(pool.map(source.read, passages))
+
+
+def compare_positions(a: list[Positions], b: list[Positions]) -> Rows:
+    """Statistics of two readings. Raises NothingInCommonError where the tokens differ."""
+    parts = []
+    for one, two in zip(a, b, strict=True):
+        if [p.token for p in one] != [p.token for p in two]:
+            raise NothingInCommonError(
+                "the two sides split the text into different tokens, so their vocabularies "
+                "differ and there is nothing in common to compare"
+            )
+        parts += [_compare(x, y) for x, y in zip(one, two, strict=True)]
+    return join(parts)
+
+
+def _compare(a: Position, b: Position) -> Rows:
+    shared = a.top.keys() & b.top.keys()
+    listed = min(len(a.top), len(b.top), TOP_K)
+    first_a, first_b = (_best(p.top, listed) for p in (a, b))
+    gaps = [abs(a.top[token] - b.top[token]) for token in shared]
+    gaps.append(abs(a.logprob - b.logprob))
+    pairs = [(a.top[token], b.top[token]) for token in shared]
+    same = first_a == first_b and max(gaps) == 0
+    finite = all(map(math.isfinite, (*a.top.values(), *b.top.values(), a.logprob, b.logprob)))
+    return Rows(
+        kl_ab=np.array([_merged_kl(pairs)]),
+        kl_ba=np.array([_merged_kl([(q, p) for p, q in pairs])]),
+        same_top=np.array([first_a[:1] == first_b[:1]]),
+        overlap=np.array([len({*first_a} & {*first_b}) / max(1, listed)]),
+        differing=np.array([0 if same else 1]),
+        max_abs=np.array([max(gaps)]),
+        finite=np.array([finite]),
+        nll_a=np.array([-a.logprob]),
+        nll_b=np.array([-b.logprob]),
+    )
+
+
+def _best(top: Mapping[str, float], count: int) -> list[str]:
+    # By name among equals, so that both sides break ties alike.
+    return sorted(top, key=lambda token: (-top[token], token))[:count]
+
+
+def _merged_kl(pairs: Sequence[tuple[float, float]]) -> float:
+    """KL over the listed tokens and the rest, from pairs of log-probabilities."""
+    if any(not math.isfinite(x) for pair in pairs for x in pair):
+        return math.nan
+    total = sum(math.exp(p) * (p - q) for p, q in pairs)
+    rest_p, rest_q = (max(_SMALLEST, 1 - sum(math.exp(pair[i]) for pair in pairs)) for i in (0, 1))
+    return max(0.0, total + rest_p * math.log(rest_p / rest_q))

@@ -1,0 +1,184 @@
+"""The verdict: whether two sides are the same, in one line, and why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from gemma_fold.diff.norms import TensorClass
+from gemma_fold.diff.results import Outputs
+from gemma_fold.diff.structure import Structure
+from gemma_fold.diff.weights import TensorDiff, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`line` sums it up; `reasons` are the differences, none where the sides are the same."""
+
+    same: bool
+    line: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SideInfo:
+    """What a report says of one side; a server has a name and nothing else."""
+
+    name: str
+    folded: bool | None = None
+    model_type: str | None = None
+    commit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the user tolerates: a mean KL in nats, and float32 ulps of a gain."""
+
+    max_kl: float | None = None
+    max_ulp: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that `diff` found; parts that were not compared are None."""
+
+    a: SideInfo
+    b: SideInfo
+    structure: Structure | None
+    weights: Weights | None
+    outputs: Outputs | None
+    notes: tuple[str, ...]
+    limits: Limits
+    verdict: Verdict
+    environment: Mapping[str, str]
+
+
+def judge(
+    structure: Structure | None, weights: Weights | None, outputs: Outputs | None, limits: Limits
+) -> Verdict:
+    """Collect what differs beyond `limits`, and say it in one line."""
+    reasons: list[str] = []
+    if weights:
+        reasons += _weight_reasons(weights, limits)
+    if structure:
+        reasons += _structure_reasons(structure, weights, limits)
+    if outputs:
+        reasons += _output_reasons(outputs, limits)
+    if reasons:
+        return Verdict(False, "differs: " + "; ".join(reasons[:3]), tuple(reasons))
+    return Verdict(True, "same: " + "; ".join(_assurances(structure, weights, outputs, limits)), ())
+
+
+def _is_tolerated(tensor: TensorDiff, limits: Limits) -> bool:
+    if tensor.found.same:
+        return True
+    return tensor.norm is not None and tensor.norm.max_ulp <= limits.max_ulp
+
+
+def _weight_reasons(weights: Weights, limits: Limits) -> Iterator[str]:
+    wrong = [t for t in (*weights.norms, *weights.others) if not _is_tolerated(t, limits)]
+    remarks = Counter((t.found, t.remark if t.norm else "") for t in wrong)
+    for (found, remark), count in remarks.most_common():
+        tensors = [t for t in wrong if t.found is found and (t.remark if t.norm else "") == remark]
+        norms = [t.norm for t in tensors if t.norm]
+        kind = "norm" if norms else "other tensor"
+        text = (
+            f"{count} {kind}{'s are' if count != 1 else ' is'} {_PHRASES.get(found, found.value)}"
+        )
+        if remark:
+            text += f" ({remark})"
+        if found is TensorClass.ROUNDED_FOLD:
+            changed, elements = (sum(getattr(n, k) for n in norms) for k in ("changed", "elements"))
+            ulp = max(n.max_ulp for n in norms)
+            text += f": {changed:,} of {elements:,} weights differ, by up to {ulp:,} ulp"
+        elif not norms and tensors[0].remark:
+            text += f" ({tensors[0].name}: {tensors[0].remark})"
+        elif not norms:
+            text += f" ({tensors[0].name}: {tensors[0].changed:,} values)"
+        yield text
+
+
+def _structure_reasons(
+    structure: Structure, weights: Weights | None, limits: Limits
+) -> Iterator[str]:
+    for side, names in (("A", structure.only_in_a), ("B", structure.only_in_b)):
+        if names:
+            yield f"{len(names)} tensor{'s'[: len(names) != 1]} only in {side} ({names[0]})"
+    # The weight comparison has said more precisely what became of these.
+    told = {t.name for t in (*weights.norms, *weights.others)} if weights else set()
+    forms = [change for change in structure.forms if change.name not in told]
+    if forms:
+        first = forms[0]
+        yield (
+            f"{len(forms)} tensor{'s'[: len(forms) != 1]} of another dtype or shape "
+            f"({first.name}: {first.a} and {first.b})"
+        )
+    if structure.config:
+        first = structure.config[0]
+        count = len(structure.config)
+        yield (
+            f"{count} config key{'s'[: count != 1]} differ{'s'[: count == 1]} "
+            f"({first.name}: {_short(first.a)} and {_short(first.b)})"
+        )
+
+
+def _output_reasons(outputs: Outputs, limits: Limits) -> Iterator[str]:
+    stats, floor = outputs.stats, outputs.floor
+    if stats.non_finite:
+        yield f"logits are not finite at {stats.non_finite:,} positions"
+        return
+    if stats.identical:
+        apart = [c for c in outputs.greedy if c.diverges_at is not None]
+        if apart:
+            yield f"{len(apart)} greedy continuations diverge, though the logits are identical"
+    elif limits.max_kl is not None:
+        if not stats.mean_kl <= limits.max_kl:
+            yield f"mean KL {stats.mean_kl:.3g} is over {limits.max_kl:g}"
+    elif floor is None or not stats.mean_kl <= floor.mean_kl:
+        beyond = f", beyond the noise floor of {floor.mean_kl:.3g}" if floor else ""
+        yield (
+            f"predictions differ: mean KL {stats.mean_kl:.3g}{beyond}, "
+            f"same top token at {stats.same_top:.2%}"
+        )
+
+
+def _assurances(
+    structure: Structure | None, weights: Weights | None, outputs: Outputs | None, limits: Limits
+) -> Iterator[str]:
+    if weights:
+        yield ", ".join(
+            f"{count} {_ASSURED[found]}"
+            for found, count in sorted(weights.counts.items(), key=lambda item: -item[1])
+        )
+        if weights.max_ulp:
+            yield f"gammas within {weights.max_ulp:,} ulp, as allowed"
+    elif structure:
+        yield f"headers and configs of {structure.tensors} tensors agree; no weights were read"
+    if outputs is None:
+        return
+    stats, what = (
+        outputs.stats,
+        "logits" if outputs.stats.vocabulary else f"top {outputs.stats.top_k}",
+    )
+    if stats.identical:
+        yield f"{what} identical at {stats.positions:,} positions"
+    elif limits.max_kl is not None:
+        yield f"mean KL {stats.mean_kl:.3g}, at most {limits.max_kl:g} as allowed"
+    elif outputs.floor is not None:
+        yield f"mean KL {stats.mean_kl:.3g}, within the noise floor of {outputs.floor.mean_kl:.3g}"
+
+
+_PHRASES = {TensorClass.ROUNDED_FOLD: "folded with rounding", TensorClass.UNEXPECTED: "different"}
+_ASSURED = {
+    TensorClass.IDENTICAL: "tensors identical",
+    TensorClass.EXACT_FOLD: "norms folded exactly",
+    TensorClass.ROUNDED_FOLD: "norms folded with rounding",
+    TensorClass.DOUBLE_FOLDED: "norms double-folded",
+    TensorClass.NOT_FOLDED: "norms not folded",
+    TensorClass.UNEXPECTED: "norms different",
+}
+
+
+def _short(text: str, limit: int = 40) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
