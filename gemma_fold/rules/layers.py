@@ -7,15 +7,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from gemma_fold.rules.row import Config, Family, Norm, lookup
-from gemma_fold.rules.tree import templates
+from gemma_fold.rules.tree import Refused, templates
 
 #: An index inside a tensor name: a number between dots.
-INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+INDEX = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
+_MOST_LAYERS = 100_000
 
 
 @dataclass(slots=True)
 class Layers:
-    """The layers of one model. counted: config paths that were absent, so tensors were counted."""
+    """The layers of one model. counted: config paths that were absent, so tensors were counted.
+
+    Methods raise Refused where the config gives no sensible number.
+    """
 
     config: Config
     row: Family
@@ -50,7 +54,9 @@ class Layers:
     def _count(self, norm: Norm) -> int:
         path = norm.layers or self.row.layers
         value = lookup(self.config, path)
-        if isinstance(value, int):
+        if value is not None:
+            if not isinstance(value, int) or not 0 <= value <= _MOST_LAYERS:
+                raise Refused(f"config.json says {path}={value!r}, which is no number of layers")
             return value
         # Configs may leave out what equals their class's default; the tensors are all there is.
         if path not in self.counted:

@@ -14,7 +14,7 @@ from typing import Any
 from gemma_fold.rules.layers import INDEX, Layers
 from gemma_fold.rules.model import Classification, Kind, TensorRule, Verdict, shorten
 from gemma_fold.rules.row import Family, Norm, expand, lookup
-from gemma_fold.rules.tree import Node, Refused, build_tree, choose_layout, templates
+from gemma_fold.rules.tree import Node, Refused, build_tree, choose_layout, identify, templates
 
 FOLDED_MODEL_TYPE = "gemma_fold"
 
@@ -48,10 +48,7 @@ def classify(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     by `model_type` (of the sub-config, for a model inside a wrapper) and by full names; never by a
     suffix and never by values. Raises nothing: see `Classification.require_foldable`.
     """
-    # Diffusers and LeRobot write no model_type; their own keys are only good for saying so.
-    model_type = str(
-        config.get("model_type") or config.get("_class_name") or config.get("type") or ""
-    )
+    model_type = identify(config)
     names: dict[str, list[str]] = {}
     for name in shapes:
         names.setdefault(INDEX.sub("{i}", name), []).append(name)
@@ -91,14 +88,14 @@ def _match(
     shapes: Mapping[str, tuple[int, ...]],
     found: _Found,
 ) -> None:
-    row, root = choose_layout(node, names)
     if node.plain:
-        rule = TensorRule(Kind.PLAIN, node.model_type, "", None, row.evidence)
-        found.areas.update(dict.fromkeys(node.bases, rule))
+        rule = TensorRule(Kind.PLAIN, node.model_type, "", None, node.layouts[0].evidence)
+        for base in node.bases:
+            found.areas.setdefault(base, rule)
         return
+    row, root = choose_layout(node, names)
     _refuse_converted(row, root, names, shapes)
     found.areas[root] = None
-    found.notes.update(dict.fromkeys(row.notes))
     layers = Layers(node.config, row, root, names)
     for norm in row.norms:
         _match_norm(norm, node, row, root, layers, found)
@@ -138,7 +135,9 @@ def _match_norm(
         evidence=norm.evidence or row.evidence,
         note=norm.note,
     )
-    required = not norm.optional and lookup(node.config, norm.unless_false or "-") is not False
+    required = not norm.optional
+    if norm.unless_false and lookup(node.config, norm.unless_false) is False:
+        required = False
     for template in templates(norm, root):
         if template not in found.rules:
             found.rules[template] = rule

@@ -71,12 +71,12 @@ def is_true(value: Any) -> bool | None:
 
 def is_positive(value: Any) -> bool | None:
     """Switch test: a count, on where there is any."""
-    return value > 0 if isinstance(value, int) else None
+    return value > 0 if isinstance(value, int) and value >= 0 else None
 
 
 def one_of(**answers: bool) -> Callable[[Any], bool | None]:
     """Switch test: a name, with the answer for each one known."""
-    return answers.get
+    return lambda value: answers.get(value) if isinstance(value, str) else None
 
 
 def mentions(word: str) -> Callable[[Any], bool | None]:
@@ -162,7 +162,7 @@ class Family:
     models inside, by their own rows. layers: config path of the layer count. past_last_layer:
     layers beyond it are draft (MTP) layers. switches: zero-centred only if all say so. converted:
     signs of norms folded already. all_plain: every norm outside of the parts is plain. refuse: why
-    such a model cannot be folded at all. notes: for whoever folds it.
+    such a model cannot be folded at all.
 
     Two rows for one `model_type` are two layouts; the one with the most tensors answers.
     """
@@ -181,4 +181,3 @@ class Family:
     architectures: tuple[str, ...] = ()
     all_plain: bool = False
     refuse: str = ""
-    notes: tuple[str, ...] = ()

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from gemma_fold.rules.row import Config, Family, Norm, Plain, expand, lookup
 from gemma_fold.rules.table import BY_ARCHITECTURE, BY_MODEL_TYPE
 
+#: A config that nests wrappers deeper than this is broken; real ones nest three.
+_MOST_PREFIXES = 10_000
+
 
 class Refused(Exception):
     """The model cannot be folded; the message is the reason to give."""
@@ -28,6 +31,20 @@ class Node:
     plain: bool
 
 
+def identify(config: Config) -> str:
+    """The model type of a config.json, or "".
+
+    Diffusers and LeRobot have keys of their own, which only serve to say why we refuse.
+    """
+    if config.get("model_type"):
+        return str(config["model_type"])
+    for key in ("_class_name", "type"):
+        name = str(config.get(key) or "")
+        if any(row.refuse for row in BY_MODEL_TYPE.get(name, ())):
+            return name
+    return ""
+
+
 def build_tree(
     config: Config, model_type: str, bases: tuple[str, ...] = ("",), where: str = "config.json"
 ) -> Iterator[Node]:
@@ -41,6 +58,8 @@ def build_tree(
         raise Refused(f"{model_type} cannot be folded: {row.refuse}")
     for key, sub, sub_type, prefixes in _parts(row, config):
         below = tuple(base + p for base in bases for prefix in prefixes for p in expand(prefix))
+        if len(below) > _MOST_PREFIXES:
+            raise Refused(f"{where} nests one model in another too often to be a real config")
         yield from build_tree(sub, sub_type, below, f"{key} of {model_type}")
     yield Node(model_type, config, layouts, bases, _stores_plain_gamma(row, model_type, config))
 
@@ -67,8 +86,9 @@ def templates(line: Norm | Plain, root: str) -> tuple[str, ...]:
 
 
 def _rows(config: Config, model_type: str, where: str) -> tuple[Family, ...]:
-    for architecture in config.get("architectures") or ():
-        if architecture in BY_ARCHITECTURE:
+    architectures = config.get("architectures")
+    for architecture in architectures if isinstance(architectures, list) else ():
+        if isinstance(architecture, str) and architecture in BY_ARCHITECTURE:
             return BY_ARCHITECTURE[architecture]
     if model_type in BY_MODEL_TYPE:
         return BY_MODEL_TYPE[model_type]
