@@ -1,4 +1,4 @@
-"""Fold every zero-centred family and run it as plain-gamma models run: every bit of logits stays."""
+"""Fold every zero-centred family, run it as plain-gamma models run, and compare every bit."""
 
 from __future__ import annotations
 

@@ -144,6 +144,8 @@ def test_draft_layers_past_the_last_only_where_the_family_has_them() -> None:
     found = classify(step, shapes)
     found.require_foldable()
     assert len(found.zero_centred()) == len(shapes)
+    beyond = "model.layers.3.enorm.weight"
+    assert classify(step, shapes | {beyond: (8,)}).unclassified == (beyond,)
 
 
 def test_t5gemma_without_a_decoder() -> None:

@@ -40,6 +40,7 @@ def test_switch(config: dict[str, Any], kind: Kind) -> None:
     assert got is kind
     if kind is Kind.PLAIN:
         assert found.verdict is Verdict.NOTHING_TO_FOLD
+        assert "stores plain gamma (" in found.reason
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,14 @@ class Layers:
 
     def limit(self, norm: Norm) -> int | None:
         """The first index that is no layer the row knows; None without a limit."""
-        if norm.absolute or "{i}" not in norm.names or self.row.past_last_layer:
+        if norm.absolute or "{i}" not in norm.names:
             return None
-        return self._count(norm)
+        count = self._count(norm.layers or self.row.layers)
+        return count + self._number(self.row.draft_layers) if self.row.draft_layers else count
 
     def required(self, norm: Norm) -> Iterable[int]:
         """The layers that must have `norm`; none where the config does not tell."""
-        count = self._count(norm)
+        count = self._count(norm.layers or self.row.layers)
         if not norm.layer_types:
             return range(count)
         return [i for i in range(count) if self._types(i) & set(norm.layer_types)]
@@ -51,17 +52,21 @@ class Layers:
             found.add("linear_attention" if (layer + 1) % interval else "full_attention")
         return found
 
-    def _count(self, norm: Norm) -> int:
-        path = norm.layers or self.row.layers
-        value = lookup(self.config, path)
-        if value is not None:
-            if not isinstance(value, int) or not 0 <= value <= _MOST_LAYERS:
-                raise Refused(f"config.json says {path}={value!r}, which is no number of layers")
-            return value
+    def _count(self, path: str) -> int:
+        if lookup(self.config, path) is not None:
+            return self._number(path)
         # Configs may leave out what equals their class's default; the tensors are all there is.
         if path not in self.counted:
             self.counted[path] = self._count_tensors(path)
         return self.counted[path]
+
+    def _number(self, path: str) -> int:
+        value = lookup(self.config, path)
+        if value is None:
+            return 0
+        if not isinstance(value, int) or not 0 <= value <= _MOST_LAYERS:
+            raise Refused(f"config.json says {path}={value!r}, which is no number of layers")
+        return value
 
     def _count_tensors(self, path: str) -> int:
         found = [

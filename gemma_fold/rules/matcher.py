@@ -200,7 +200,7 @@ def _conclude(
             else:
                 rules[name] = other
                 unclassified.append(name)
-    verdict, reason = _verdict(nodes[-1], found, rules, tuple(unclassified))
+    verdict, reason = _verdict(model_type, nodes, found, rules, tuple(unclassified))
     foldable = verdict is Verdict.FOLDABLE
     return Classification(
         model_type=model_type,
@@ -231,22 +231,26 @@ def _area(name: str, areas: Mapping[str, TensorRule | None]) -> TensorRule | Non
 
 
 def _verdict(
-    top: Node, found: _Found, rules: Mapping[str, TensorRule], unclassified: tuple[str, ...]
+    model_type: str,
+    nodes: tuple[Node, ...],
+    found: _Found,
+    rules: Mapping[str, TensorRule],
+    unclassified: tuple[str, ...],
 ) -> tuple[Verdict, str]:
     if all(rule.kind is not Kind.ZERO_CENTRED for rule in found.rules.values()):
-        evidence = top.layouts[0].evidence
+        plain = [node for node in nodes if node.plain][-1]
         return Verdict.NOTHING_TO_FOLD, (
-            f"{top.model_type} stores plain gamma ({evidence.how}: {evidence.source}), "
-            "so there is nothing to fold; use the checkpoint as it is"
+            f"{plain.model_type} stores plain gamma ({plain.plain}), so there is nothing to fold; "
+            "use the checkpoint as it is"
         )
     if unclassified:
         return Verdict.UNSUPPORTED, (
-            f"no rule says whether {shorten(unclassified)} of this {top.model_type} checkpoint "
-            "is zero-centred; add it to its row in gemma_fold/rules/families"
+            f"no rule says whether {shorten(unclassified)} of this {model_type} checkpoint is "
+            "zero-centred; add it to its row in gemma_fold/rules/families"
         )
     if not found.missing and all(r.kind is not Kind.ZERO_CENTRED for r in rules.values()):
         return Verdict.UNSUPPORTED, (
-            f"this {top.model_type} checkpoint has none of the norms in its row; "
+            f"this {model_type} checkpoint has none of the norms in its row; "
             "fold the complete checkpoint"
         )
-    return Verdict.FOLDABLE, f"every norm of this {top.model_type} checkpoint is known"
+    return Verdict.FOLDABLE, f"every norm of this {model_type} checkpoint is known"

@@ -159,10 +159,10 @@ class Family:
 
     model_types: `model_type` values the row answers for. architectures: names that decide before
     `model_type` does. roots: what may stand before the names, one of them per checkpoint. parts:
-    models inside, by their own rows. layers: config path of the layer count. past_last_layer:
-    layers beyond it are draft (MTP) layers. switches: zero-centred only if all say so. converted:
-    signs of norms folded already. all_plain: every norm outside of the parts is plain. refuse: why
-    such a model cannot be folded at all.
+    models inside, by their own rows. layers: config path of the layer count. draft_layers: config
+    path of the number of draft (MTP) layers that follow them. switches: zero-centred only if all
+    say so. converted: signs of norms folded already. all_plain: every norm outside of the parts is
+    plain. refuse: why such a model cannot be folded at all.
 
     Two rows for one `model_type` are two layouts; the one with the most tensors answers.
     """
@@ -174,7 +174,7 @@ class Family:
     parts: tuple[Part, ...] = ()
     roots: tuple[str, ...] = ("model.", "")
     layers: str = "num_hidden_layers"
-    past_last_layer: bool = False
+    draft_layers: str = ""
     fold: Fold = RMS_NORM
     switches: tuple[Switch, ...] = ()
     converted: tuple[Converted, ...] = ()

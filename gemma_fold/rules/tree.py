@@ -21,14 +21,14 @@ class Node:
     """One model of the tree.
 
     layouts: its rows, of which `choose_layout` picks one. bases: what its tensors may start with,
-    before the roots of the row. plain: none of its own norms is zero-centred.
+    before the roots of the row. plain: what says that none of its own norms is zero-centred, if so.
     """
 
     model_type: str
     config: Config
     layouts: tuple[Family, ...]
     bases: tuple[str, ...]
-    plain: bool
+    plain: str
 
 
 def identify(config: Config) -> str:
@@ -61,7 +61,7 @@ def build_tree(
         if len(below) > _MOST_PREFIXES:
             raise Refused(f"{where} nests one model in another too often to be a real config")
         yield from build_tree(sub, sub_type, below, f"{key} of {model_type}")
-    yield Node(model_type, config, layouts, bases, _stores_plain_gamma(row, model_type, config))
+    yield Node(model_type, config, layouts, bases, _why_plain(row, model_type, config))
 
 
 def choose_layout(node: Node, names: Mapping[str, list[str]]) -> tuple[Family, str]:
@@ -92,10 +92,14 @@ def _rows(config: Config, model_type: str, where: str) -> tuple[Family, ...]:
             return BY_ARCHITECTURE[architecture]
     if model_type in BY_MODEL_TYPE:
         return BY_MODEL_TYPE[model_type]
-    named = f"model_type {model_type!r}" if model_type else "no model_type"
+    if not model_type:
+        raise Refused(
+            f"{where} has no model_type, so no rule can say which norms are zero-centred; "
+            "fold a checkpoint in Hugging Face layout"
+        )
     raise Refused(
-        f"{where} has {named}, for which no rule says which norms are zero-centred; "
-        "add a row to gemma_fold/rules/families"
+        f"{where} has model_type {model_type!r}, for which no rule says which norms are "
+        "zero-centred; add a row to gemma_fold/rules/families"
     )
 
 
@@ -119,14 +123,16 @@ def _usual_prefixes(key: str) -> tuple[str, ...]:
     return (f"{{,model.}}{name}{{,_model,_tower}}.",)
 
 
-def _stores_plain_gamma(row: Family, model_type: str, config: Config) -> bool:
+def _why_plain(row: Family, model_type: str, config: Config) -> str:
     for switch in row.switches:
         answer = switch.is_zero_centred(config)
+        value = lookup(config, switch.key)
         if answer is None:
             raise Refused(
-                f"{model_type} with {switch.key}={lookup(config, switch.key)!r} is unknown, "
-                "so nothing says whether its norms are zero-centred; add the value to its row"
+                f"{model_type} with {switch.key}={value!r} is unknown, so nothing says whether "
+                "its norms are zero-centred; add the value to its row"
             )
         if not answer:
-            return True
-    return row.all_plain
+            said = f"has no {switch.key}" if value is None else f"says {switch.key}={value!r}"
+            return f"config.json {said}"
+    return f"{row.evidence.how}: {row.evidence.source}" if row.all_plain else ""

@@ -36,9 +36,6 @@ _PLAMO_MAMBA = Plain(
     "layers.layers.{i}.mixer.{dt,B,C}_norm_weight", "plain RMSNorm inside the Mamba mixer"
 )
 
-_GIGACHAT_READ = Evidence("read", "SGLang 0.5.23 models/gigachat35.py:73-129,278-281,415-422,562")
-
-
 _GEAR_ATTENTION = ("full_attention", "sliding_attention")
 
 _TTS = "tts_model.tts_model."
@@ -73,7 +70,7 @@ ELSEWHERE = (
     ),
     Family(
         model_types=("gigachat3_5",),
-        past_last_layer=True,
+        draft_layers="num_nextn_predict_layers",
         switches=(
             Switch(
                 "norm_type",
@@ -111,7 +108,7 @@ ELSEWHERE = (
                 evidence=Evidence("read", "SGLang 0.5.23 models/gigachat35_mtp.py:62-79"),
             ),
         ),
-        evidence=_GIGACHAT_READ,
+        evidence=Evidence("read", "SGLang 0.5.23 models/gigachat35.py:73-129,278-281,415-422,562"),
     ),
     Family(  # MoVA; an xLLM without value experts stores plain gamma, and so does K2 Horizon
         model_types=("xllm",),

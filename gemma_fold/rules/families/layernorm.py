@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_fold.rules.families.common import PRE_NORMS, ran
+from gemma_fold.rules.families.common import PRE_NORMS, TEXT_ROOTS, ran
 from gemma_fold.rules.model import Fold
 from gemma_fold.rules.row import Family, Norm, Part, Plain
 
@@ -30,9 +30,9 @@ def _videoprism_vision(inner: str) -> Family:
 LAYERNORM = (
     Family(  # LayerNorm1P: the bias beside each weight is no part of the gain and stays
         model_types=("nemotron",),
-        roots=("model.", "", "transformer."),
+        roots=TEXT_ROOTS,
         norms=(Norm(PRE_NORMS), Norm("norm.weight")),
-        fold=Fold(norm="layer_norm", add_dtype="storage"),
+        fold=_LAYERNORM_1P,
         evidence=ran("nemotron/modeling_nemotron.py:61"),
     ),
     _videoprism_vision("vision_model."),

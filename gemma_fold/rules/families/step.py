@@ -20,7 +20,7 @@ STEP = (
     Family(
         model_types=("step3p5",),
         architectures=("Step3p5ForCausalLM",),
-        past_last_layer=True,
+        draft_layers="num_nextn_predict_layers",
         norms=(
             Norm(PRE_NORMS),
             Norm(QK_NORMS),
