@@ -356,19 +356,19 @@ def test_structure_of_a_hub_id_downloads_no_weights(
 def test_bytes_are_streamed(tmp_path: Path) -> None:
     sides = []
     for name in ("a", "b"):
-        folder = sparse_checkpoint(tmp_path / name, 2, 16384)  # 256 MiB a tensor
+        folder = sparse_checkpoint(tmp_path / name, 1, 8192)  # 128 MiB a tensor
         sides.append(open_side(folder))
     last = sorted((tmp_path / "b").glob("*.safetensors"))[-1]
     with open(last, "r+b") as file:
-        file.seek(300 << 20)
+        file.seek(100 << 20)
         file.write(b"\1")
     tracemalloc.start()
     weights = compare_weights(*sides)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 100 << 20
+    assert peak < 64 << 20
     (tensor,) = weights.others
-    assert tensor.changed == 1 and weights.counts[TensorClass.IDENTICAL] == 11
+    assert tensor.changed == 1 and weights.counts[TensorClass.IDENTICAL] == 5
 
 
 def test_a_family_without_rules_is_compared_byte_by_byte(original: Path, tmp_path: Path) -> None:

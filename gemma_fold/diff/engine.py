@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -56,8 +56,7 @@ class Model:
         """
         ids = torch.tensor(windows, device=self._device)
         extra = {"decoder_input_ids": ids} if self._decodes_apart else {}
-        with torch.inference_mode():
-            out = self._model(input_ids=ids, use_cache=False, **extra)
+        out = self._call(self._model, input_ids=ids, use_cache=False, **extra)
         logits = getattr(out, "logits", None)
         if logits is None or logits.dim() != 3:
             raise UnsupportedModelError(
@@ -69,20 +68,34 @@ class Model:
     def continue_greedily(self, prompt: Prompt, tokens: int) -> tuple[int, ...]:
         """The most likely continuation, token by token."""
         ids = torch.tensor([prompt.ids], device=self._device)
-        with torch.inference_mode():
-            out = self._model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                num_beams=1,
-                top_k=None,
-                top_p=None,
-                temperature=None,
-                max_new_tokens=tokens,
-                pad_token_id=0,
-            )
+        out = self._call(
+            self._model.generate,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=1,
+            top_k=None,
+            top_p=None,
+            temperature=None,
+            max_new_tokens=tokens,
+            pad_token_id=0,
+        )
         start = 1 if self._decodes_apart else ids.shape[1]
         return tuple(int(i) for i in out[0, start:])
+
+    def _call(self, function: Callable[..., Any], **arguments: Any) -> Any:
+        try:
+            with torch.inference_mode():
+                return function(**arguments)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if _is_about_memory(error):
+                raise
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} cannot be run on tokens alone "
+                f"({first_line(error)}); compare its weights with --no-outputs"
+            ) from error
 
 
 @contextmanager
@@ -111,9 +124,14 @@ def explaining_memory(name: str, device: torch.device) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise _out_of_memory(name, device) from error
     except RuntimeError as error:
-        if "not enough memory" in str(error) or "out of memory" in str(error):
+        if _is_about_memory(error):
             raise _out_of_memory(name, device) from error
         raise
+
+
+def _is_about_memory(error: BaseException) -> bool:
+    text = str(error)
+    return any(words in text for words in ("out of memory", "enough memory", "allocate memory"))
 
 
 def _out_of_memory(name: str, device: torch.device) -> EnvironmentProblem:
@@ -148,7 +166,7 @@ def _load(side: Side, dtype: str, device: torch.device) -> Any:
     except (GemmaFoldError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if "memory" in str(error):
+        if _is_about_memory(error):
             raise
         raise UnsupportedModelError(
             f"transformers does not load {side.name} ({first_line(error)}); "
