@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +59,30 @@ def _launch() -> ModuleType:
     return launch
 
 
+# What was checked and chosen for tensors of these shapes, strides, dtypes and devices. A hit
+# replaces all the checks below: host time is what a small norm costs in eager mode.
+_plans: dict[tuple[Any, ...], Any] = {}
+_MOST_PLANS = 16384
+_empty_like = torch.empty_like
+
+
+def _facts(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype, x.get_device()
+
+
+def _remember(key: tuple[Any, ...], plan: Any) -> Any:
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
 def _reference_runs(x: Tensor) -> bool:
     return not (x.is_cuda or _INTERPRETED)
+
+
+def _empty(x: Tensor, plan: Any) -> Tensor:
+    return _empty_like(x) if plan.dense else x.new_empty(x.shape)
 
 
 def _scale_for(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -70,36 +93,44 @@ def _scale_for(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
-    check_rms_norm(x, gamma)
-    if _reference_runs(x):
-        return reference.rms_norm(x, gamma, eps)
-    order = layout.memory_order(x)
-    if order is not None:
-        return rms_norm(x.permute(order), gamma, eps).permute(layout.inverse(order))
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch().rms_norm(x, gamma, eps, y, None, False)
+    key = ("rms_norm", *_facts(x), *_facts(gamma))
+    plan = _plans.get(key)
+    if plan is None:
+        check_rms_norm(x, gamma)
+        if _reference_runs(x):
+            return reference.rms_norm(x, gamma, eps)
+        order = layout.memory_order(x)
+        if order is not None:
+            return rms_norm(x.permute(order), gamma, eps).permute(layout.inverse(order))
+        plan = _remember(key, _launch().plan_rms_norm(x))
+    y = _empty(x, plan)
+    plan((x, gamma, y, None), (eps,))
     return y
 
 
-def rms_norm_backward(
-    grad: Tensor, x: Tensor, gamma: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(grad: Tensor, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     check_rms_norm(x, gamma)
     layout.check_same(grad, x, "grad")
     if _reference_runs(x):
         return reference.rms_norm_backward(grad, x, gamma, eps)
     x, grad = x.contiguous(), grad.contiguous()
+    plan = _launch().plan_rms_norm_backward(x, grad)
     dx = torch.empty_like(x)
-    return dx, _launch().rms_norm_backward(grad, x, gamma, eps, dx)
+    partial = x.new_empty((plan.programs, x.shape[-1]), dtype=torch.float32)
+    plan((grad, x, gamma, dx, partial), (eps,))
+    return dx, partial.sum(0)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    check_add(x, residual, gamma)
-    if _reference_runs(x):
-        return reference.add_rms_norm(x, residual, gamma, eps)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = torch.empty_like(y)
-    _launch().add_rms_norm(x, residual, gamma, eps, y, total, None, False)
+    key = ("add_rms_norm", *_facts(x), *_facts(residual), *_facts(gamma))
+    plan = _plans.get(key)
+    if plan is None:
+        check_add(x, residual, gamma)
+        if _reference_runs(x):
+            return reference.add_rms_norm(x, residual, gamma, eps)
+        plan = _remember(key, _launch().plan_add_rms_norm(x, residual))
+    y, total = _empty(x, plan), _empty(x, plan)
+    plan((x, residual, gamma, y, total, None), (eps,))
     return y, total
 
 
@@ -111,45 +142,66 @@ def rms_norm_add_rms_norm(
     post_eps: float,
     pre_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    check_sandwich(x, residual, post_gamma, pre_gamma)
-    operands = (x, residual, post_gamma, pre_gamma, post_eps, pre_eps)
-    if _reference_runs(x):
-        return reference.rms_norm_add_rms_norm(*operands)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = torch.empty_like(y)
-    _launch().rms_norm_add_rms_norm(*operands, y, total, None, False)
+    key = ("sandwich", *_facts(x), *_facts(residual), *_facts(post_gamma), *_facts(pre_gamma))
+    plan = _plans.get(key)
+    if plan is None:
+        check_sandwich(x, residual, post_gamma, pre_gamma)
+        if _reference_runs(x):
+            return reference.rms_norm_add_rms_norm(
+                x, residual, post_gamma, pre_gamma, post_eps, pre_eps
+            )
+        plan = _remember(key, _launch().plan_rms_norm_add_rms_norm(x, residual))
+    y, total = _empty(x, plan), _empty(x, plan)
+    plan((x, residual, post_gamma, pre_gamma, y, total, None), (post_eps, pre_eps))
     return y, total
 
 
 def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float) -> None:
-    check_qk(q, k, q_gamma, k_gamma)
-    if _reference_runs(q):
-        reference.qk_rms_norm(q, k, q_gamma, k_gamma, eps)
-    else:
-        _launch().qk_rms_norm(q, k, q_gamma, k_gamma, eps)
+    # Where k lies relative to q decides whether they overlap; separate tensors are checked anew.
+    apart = k.data_ptr() - q.data_ptr()
+    key = ("qk_rms_norm", apart, *_facts(q), *_facts(k), *_facts(q_gamma), *_facts(k_gamma))
+    plan = _plans.get(key)
+    if plan is None:
+        check_qk(q, k, q_gamma, k_gamma)
+        layout.check_disjoint(q, k)
+        if _reference_runs(q):
+            reference.qk_rms_norm(q, k, q_gamma, k_gamma, eps)
+            return
+        plan = _remember(key, _launch().plan_qk_rms_norm(q, k))
+    plan((q, k, q_gamma, k_gamma), (eps,))
 
 
 def rms_norm_fp8(x: Tensor, gamma: Tensor, eps: float, scale: Tensor | None) -> Fp8Pair:
-    check_rms_norm(x, gamma)
+    key = ("rms_norm_fp8", *_facts(x), *_facts(gamma), scale is None)
+    plan = _plans.get(key)
     layout.check_scale(scale, x)
-    if _reference_runs(x):
-        return reference.quantize(reference.rms_norm(x, gamma, eps), scale)
+    if plan is None:
+        check_rms_norm(x, gamma)
+        if _reference_runs(x):
+            return reference.quantize(reference.rms_norm(x, gamma, eps), scale)
+        layout.check_fp8(x)
+        plan = _remember(key, _launch().plan_rms_norm(x, scale is None))
     y, scales = x.new_empty(x.shape, dtype=FP8), _scale_for(x, scale)
-    _launch().rms_norm(x, gamma, eps, y, scales, scale is None)
+    plan((x, gamma, y, scales), (eps,))
     return y, scales
 
 
 def add_rms_norm_fp8(
     x: Tensor, residual: Tensor, gamma: Tensor, eps: float, scale: Tensor | None
 ) -> Fp8Triple:
-    check_add(x, residual, gamma)
+    key = ("add_rms_norm_fp8", *_facts(x), *_facts(residual), *_facts(gamma), scale is None)
+    plan = _plans.get(key)
     layout.check_scale(scale, x)
-    if _reference_runs(x):
-        y, total = reference.add_rms_norm(x, residual, gamma, eps)
-        return (*reference.quantize(y, scale), total)
+    if plan is None:
+        check_add(x, residual, gamma)
+        if _reference_runs(x):
+            y, total = reference.add_rms_norm(x, residual, gamma, eps)
+            return (*reference.quantize(y, scale), total)
+        layout.check_fp8(x)
+        plan = _remember(key, _launch().plan_add_rms_norm(x, residual, scale is None))
     y, scales = x.new_empty(x.shape, dtype=FP8), _scale_for(x, scale)
-    total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch().add_rms_norm(x, residual, gamma, eps, y, total, scales, scale is None)
+    total = _empty(x, plan)
+    plan((x, residual, gamma, y, total, scales), (eps,))
     return y, scales, total
 
 
@@ -162,13 +214,20 @@ def rms_norm_add_rms_norm_fp8(
     pre_eps: float,
     scale: Tensor | None,
 ) -> Fp8Triple:
-    check_sandwich(x, residual, post_gamma, pre_gamma)
+    gammas = (*_facts(post_gamma), *_facts(pre_gamma))
+    key = ("sandwich_fp8", *_facts(x), *_facts(residual), *gammas, scale is None)
+    plan = _plans.get(key)
     layout.check_scale(scale, x)
-    operands = (x, residual, post_gamma, pre_gamma, post_eps, pre_eps)
-    if _reference_runs(x):
-        y, total = reference.rms_norm_add_rms_norm(*operands)
-        return (*reference.quantize(y, scale), total)
+    if plan is None:
+        check_sandwich(x, residual, post_gamma, pre_gamma)
+        if _reference_runs(x):
+            y, total = reference.rms_norm_add_rms_norm(
+                x, residual, post_gamma, pre_gamma, post_eps, pre_eps
+            )
+            return (*reference.quantize(y, scale), total)
+        layout.check_fp8(x)
+        plan = _remember(key, _launch().plan_rms_norm_add_rms_norm(x, residual, scale is None))
     y, scales = x.new_empty(x.shape, dtype=FP8), _scale_for(x, scale)
-    total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch().rms_norm_add_rms_norm(*operands, y, total, scales, scale is None)
+    total = _empty(x, plan)
+    plan((x, residual, post_gamma, pre_gamma, y, total, scales), (post_eps, pre_eps))
     return y, scales, total

@@ -1,9 +1,8 @@
-"""Starts the Triton kernels: chooses a configuration, compiles once, launches with little host work.
+"""Starts the Triton kernels: one compilation, then launches with little host work.
 
 Triton inspects every argument on every call to find the right specialisation, which takes longer
-than a small norm runs. Here a kernel is looked up by the few facts it was specialised on, and the
-compiled one is called with plain addresses. Tensors that are not 16-byte aligned take Triton's own
-path, which is slower and checks everything.
+than a small norm runs. A :class:`Plan` holds what a call with given shapes and strides needs, so
+that a second such call hands plain addresses to the compiled kernel.
 """
 
 from __future__ import annotations
@@ -23,12 +22,15 @@ from gemma_fold.kernels.qk_rms_norm import qk_rms_norm_kernel
 from gemma_fold.kernels.rms_norm import rms_norm_kernel
 from gemma_fold.kernels.rms_norm_add_rms_norm import rms_norm_add_rms_norm_kernel
 from gemma_fold.kernels.rms_norm_backward import rms_norm_backward_kernel
+from gemma_fold.kernels.rows import EARLY, NO_PDL
+from gemma_fold.kernels.tuning import row_config
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_ROWS = 2**31 - 1  # the row number is a 32-bit program id
 _BACKWARD_PROGRAMS_PER_SM = 4
-
-_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+# Absent from builds without CUDA, where nothing asks for them.
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 @cache
@@ -39,80 +41,87 @@ def _uses_pdl(device: int) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
-@cache
-def _sm_count(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+class Plan:
+    """One kernel for one set of shapes and strides: its grid, strides and compiled form."""
 
+    __slots__ = (
+        "constants",
+        "dense",
+        "device",
+        "kernel",
+        "options",
+        "programs",
+        "ready",
+        "scalars",
+    )
 
-@cache
-def warps_per_row(hidden: int, itemsize: int) -> int:
-    """Measured on an H200 (benchmarks/norms.py); depends on the row alone, so bits cannot change
-    with the batch."""
-    for warps, limit in ((1, 1024), (4, 2560), (8, 8192)):
-        if hidden * itemsize <= 2 * limit:
-            return warps
-    return 16
+    def __init__(
+        self,
+        kernel: Any,
+        x: Tensor,
+        programs: int,
+        scalars: tuple[int, ...],
+        constants: dict[str, Any],
+        warps: int,
+    ) -> None:
+        self.kernel = kernel
+        self.dense = x.is_contiguous()
+        self.device = -1 if INTERPRETED else x.get_device()
+        self.programs = programs
+        self.scalars = scalars
+        self.constants = constants
+        # In fp32 a fused multiply-add would skip the rounding between a norm and the add after it.
+        self.options = {"num_warps": warps, "enable_fp_fusion": x.dtype != torch.float32}
+        if constants.get("PDL") and not _uses_pdl(self.device):
+            constants["PDL"] = NO_PDL.value
+        if constants.get("PDL"):
+            self.options["launch_pdl"] = True  # an option that only NVIDIA's backend knows
+        self.ready: tuple[Any, ...] | None = None
 
+    def __call__(self, tensors: Sequence[Tensor | None], eps: tuple[float, ...]) -> None:
+        """Launches on the current stream. ``tensors`` in the kernel's order."""
+        if self.programs == 0:
+            return
+        if self.ready is None or self.device != _current_device():
+            self._launch_through_triton(tensors, eps)
+            return
+        addresses = []
+        bits = 0
+        for tensor in tensors:
+            address = None if tensor is None else tensor.data_ptr()
+            addresses.append(address)
+            bits |= address or 0
+        if bits & 15:
+            # The compiled kernel uses 16-byte accesses: Triton finds or builds another.
+            self._launch_through_triton(tensors, eps)
+            return
+        run, function, metadata, values = self.ready
+        stream = _current_stream(self.device)
+        run(
+            self.programs, 1, 1, stream, function, metadata, None, None, None,
+            *addresses, *self.scalars, *eps, *values,
+        )  # fmt: skip
 
-def rows_per_program(warps: int, rows: int) -> int:
-    """Short rows share a program once there are enough of them to fill the GPU."""
-    return max(1, 4 // warps) if rows > 256 else 1
-
-
-def _replay(
-    key: tuple[Any, ...],
-    device: int,
-    programs: int,
-    tensors: Sequence[Tensor | None],
-    scalars: tuple[Any, ...],
-) -> bool:
-    """Launches the kernel already compiled for ``key``; False where there is none to launch."""
-    ready = _compiled.get(key)
-    if ready is None or device != torch._C._cuda_getDevice():
-        return False
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    for address in addresses:
-        if address is not None and address & 15:
-            return False
-    run, function, metadata, values = ready
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *scalars, *values)
-    return True
-
-
-def _compile(
-    kernel: Any,
-    key: tuple[Any, ...],
-    programs: int,
-    tensors: Sequence[Tensor | None],
-    scalars: tuple[Any, ...],
-    constants: dict[str, Any],
-    warps: int,
-) -> None:
-    """Launches through Triton, and remembers the compiled kernel where it may be replayed."""
-    x = tensors[0]
-    assert x is not None
-    if INTERPRETED:
-        kernel[(programs,)](*tensors, *scalars, **constants)
-        return
-    options: dict[str, Any] = {"num_warps": warps}
-    # In fp32 a fused multiply-add would skip the rounding between a norm and the add after it.
-    options["enable_fp_fusion"] = x.dtype != torch.float32
-    if constants.get("PDL"):
-        options["launch_pdl"] = True
-    with torch.cuda.device(x.device):
-        compiled = kernel[(programs,)](*tensors, *scalars, **constants, **options)
-    if all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors):
-        _compiled[key] = (
-            compiled.run,
-            compiled.function,
-            compiled.packed_metadata,
-            tuple(constants.values()),
-        )
+    def _launch_through_triton(
+        self, tensors: Sequence[Tensor | None], eps: tuple[float, ...]
+    ) -> None:
+        launch = self.kernel[(self.programs,)]
+        if INTERPRETED:
+            launch(*tensors, *self.scalars, *eps, **self.constants)
+            return
+        with torch.cuda.device(self.device):
+            compiled = launch(*tensors, *self.scalars, *eps, **self.constants, **self.options)
+        if all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors):
+            self.ready = (
+                compiled.run,
+                compiled.function,
+                compiled.packed_metadata,
+                tuple(self.constants.values()),
+            )
 
 
 def _steps(x: Tensor, strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """Row strides as multiples of a unit: the elements in 16 bytes where all of them allow it.
+    """Strides as multiples of a unit: the elements in 16 bytes, where all of them allow it.
 
     ``step * UNIT`` shows the compiler that rows keep 16-byte alignment.
     """
@@ -123,165 +132,87 @@ def _steps(x: Tensor, strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     return vector, tuple(stride // vector for stride in strides)
 
 
-def _device(x: Tensor) -> int:
-    return -1 if INTERPRETED else x.get_device()
-
-
-def _launch_rows(
-    kernel: Any,
-    name: str,
-    tensors: Sequence[Tensor | None],
-    strides: tuple[int, ...],
-    eps: tuple[float, ...],
-    per_token: bool,
-) -> None:
-    x = tensors[0]
-    assert x is not None
-    hidden = x.shape[-1]
-    rows = x.numel() // hidden
-    if rows == 0:
-        return
+def _row_count(elements: int, hidden: int) -> int:
+    rows = elements // hidden
     if rows > MAX_ROWS:
-        raise ValueError(f"x has {rows} rows; at most {MAX_ROWS} are supported")
-    itemsize = x.element_size()
+        raise ValueError(f"{rows} rows; at most {MAX_ROWS} are supported")
+    return rows
+
+
+def _plan_rows(
+    kernel: Any, name: str, x: Tensor, strides: tuple[int, ...], per_token: bool
+) -> Plan:
+    hidden, itemsize = x.shape[-1], x.element_size()
+    rows = _row_count(x.numel(), hidden)
     unit, steps = _steps(x, strides)
-    warps = warps_per_row(hidden, itemsize)
-    together = rows_per_program(warps, rows)
-    device = _device(x)
-    fp8 = tensors[-1] is not None
-    key = (name, device, x.dtype, hidden, unit, together, fp8, per_token)
-    programs = -(-rows // together)
-    scalars = (rows, *steps, *eps)
-    if _replay(key, device, programs, tensors, scalars):
-        return
+    config = row_config(name, hidden * itemsize, rows, x.numel())
     constants = {
         "UNIT": unit,
         "H": hidden,
-        "CHUNK": warps * 32 * (16 // itemsize),
-        "M": together,
+        "CHUNK": config.warps * 32 * (16 // itemsize),
+        "M": config.together,
         "PER_TOKEN": per_token,
-        "PDL": _uses_pdl(device),
+        "NVIDIA": not INTERPRETED and torch.version.hip is None,
+        "PDL": config.pdl,
+        "FENCE": config.fence,
+        "GAMMA_LATE": config.gamma_late,
     }
-    _compile(kernel, key, programs, tensors, scalars, constants, warps * together)
+    programs = -(-rows // config.together)
+    return Plan(kernel, x, programs, (rows, *steps), constants, config.warps * config.together)
 
 
-def rms_norm(
-    x: Tensor, gamma: Tensor, eps: float, y: Tensor, scale: Tensor | None, per_token: bool
-) -> None:
-    """Fills ``y`` (and per-token ``scale``)."""
-    _launch_rows(
-        rms_norm_kernel,
-        "rms_norm",
-        (x, gamma, y, scale),
-        (row_stride(x, "x"),),
-        (eps,),
-        per_token,
+def plan_rms_norm(x: Tensor, per_token: bool = False) -> Plan:
+    """Called with ``(x, gamma, y, scale), (eps,)``."""
+    return _plan_rows(rms_norm_kernel, "rms_norm", x, (row_stride(x, "x"),), per_token)
+
+
+def plan_add_rms_norm(x: Tensor, residual: Tensor, per_token: bool = False) -> Plan:
+    """Called with ``(x, residual, gamma, y, total, scale), (eps,)``."""
+    strides = (row_stride(x, "x"), row_stride(residual, "residual"))
+    return _plan_rows(add_rms_norm_kernel, "add_rms_norm", x, strides, per_token)
+
+
+def plan_rms_norm_add_rms_norm(x: Tensor, residual: Tensor, per_token: bool = False) -> Plan:
+    """Called with ``(x, residual, post_gamma, pre_gamma, y, total, scale), (post, pre)`` eps."""
+    strides = (row_stride(x, "x"), row_stride(residual, "residual"))
+    return _plan_rows(rms_norm_add_rms_norm_kernel, "rms_norm_add_rms_norm", x, strides, per_token)
+
+
+def plan_qk_rms_norm(q: Tensor, k: Tensor) -> Plan:
+    """Called with ``(q, k, q_gamma, k_gamma), (eps,)``; works in place."""
+    hidden, itemsize = q.shape[-1], q.element_size()
+    rows = _row_count(q.numel() + k.numel(), hidden)
+    unit, steps = _steps(
+        q, (token_stride(q, "q"), token_stride(k, "k"), q.stride(-2), k.stride(-2))
     )
-
-
-def add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    gamma: Tensor,
-    eps: float,
-    y: Tensor,
-    total: Tensor,
-    scale: Tensor | None,
-    per_token: bool,
-) -> None:
-    """Fills ``y`` and ``total`` (and per-token ``scale``)."""
-    _launch_rows(
-        add_rms_norm_kernel,
-        "add_rms_norm",
-        (x, residual, gamma, y, total, scale),
-        (row_stride(x, "x"), row_stride(residual, "residual")),
-        (eps,),
-        per_token,
-    )
-
-
-def rms_norm_add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    post_gamma: Tensor,
-    pre_gamma: Tensor,
-    post_eps: float,
-    pre_eps: float,
-    y: Tensor,
-    total: Tensor,
-    scale: Tensor | None,
-    per_token: bool,
-) -> None:
-    """Fills ``y`` and ``total`` (and per-token ``scale``)."""
-    _launch_rows(
-        rms_norm_add_rms_norm_kernel,
-        "rms_norm_add_rms_norm",
-        (x, residual, post_gamma, pre_gamma, y, total, scale),
-        (row_stride(x, "x"), row_stride(residual, "residual")),
-        (post_eps, pre_eps),
-        per_token,
-    )
-
-
-def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float) -> None:
-    """Norms the heads of ``q`` and ``k`` in place."""
-    hidden = q.shape[-1]
-    q_heads, k_heads = q.shape[-2], k.shape[-2]
-    rows = (q.numel() + k.numel()) // hidden
-    if rows == 0:
-        return
-    if rows > MAX_ROWS:
-        raise ValueError(f"q and k have {rows} heads; at most {MAX_ROWS} are supported")
-    strides = (
-        token_stride(q, "q"),
-        token_stride(k, "k"),
-        q.stride(-2),
-        k.stride(-2),
-    )
-    unit, steps = _steps(q, strides)
-    device = _device(q)
-    block = max(triton.next_power_of_2(hidden), 16 // q.element_size())
-    # 64 bytes a thread, 4 warps: enough in flight, and still several programs for one token.
-    together = max(1, 4096 // (block * q.element_size()))
-    key = ("qk_rms_norm", device, q.dtype, hidden, unit, q_heads, k_heads)
-    programs = -(-rows // together)
-    scalars = (rows, *steps, eps)
-    tensors = (q, k, q_gamma, k_gamma)
-    if _replay(key, device, programs, tensors, scalars):
-        return
+    block = max(triton.next_power_of_2(hidden), 16 // itemsize)
+    # 32 bytes a thread with 4 warps: enough in flight, and several programs for one token.
+    together = max(1, 4096 // (block * itemsize))
     constants = {
         "UNIT": unit,
-        "Q_HEADS": q_heads,
-        "K_HEADS": k_heads,
+        "Q_HEADS": q.shape[-2],
+        "K_HEADS": k.shape[-2],
         "H": hidden,
         "BLOCK": block,
         "M": together,
-        "PDL": _uses_pdl(device),
+        "PDL": EARLY.value,
     }
-    warps = min(16, max(4, block * q.element_size() // 1024))
-    _compile(qk_rms_norm_kernel, key, programs, tensors, scalars, constants, warps)
+    warps = min(16, max(4, block * itemsize // 1024))
+    programs = -(-rows // together)
+    return Plan(qk_rms_norm_kernel, q, programs, (rows, *steps), constants, warps)
 
 
-def rms_norm_backward(
-    grad: Tensor, x: Tensor, gamma: Tensor, eps: float, dx: Tensor
-) -> Tensor:
-    """Fills ``dx`` and returns dgamma, fp32 [H]."""
+def plan_rms_norm_backward(x: Tensor, grad: Tensor) -> Plan:
+    """Called with ``(grad, x, gamma, dx, partial), (eps,)``; ``partial``: fp32 [programs, H]."""
     hidden = x.shape[-1]
-    rows = x.numel() // hidden
-    device = _device(x)
-    limit = 4 if INTERPRETED else _sm_count(device) * _BACKWARD_PROGRAMS_PER_SM
-    programs = min(rows, limit)
-    partial = x.new_empty((programs, hidden), dtype=torch.float32)
-    if rows:
-        unit, steps = _steps(x, (row_stride(x, "x"), row_stride(grad, "grad")))
-        key = ("rms_norm_backward", device, x.dtype, hidden, unit)
-        scalars = (rows, *steps, eps)
-        tensors = (grad, x, gamma, dx, partial)
-        if not _replay(key, device, programs, tensors, scalars):
-            block = triton.next_power_of_2(hidden)
-            constants = {"UNIT": unit, "H": hidden, "BLOCK": block}
-            warps = min(16, max(1, block // 512))
-            _compile(
-                rms_norm_backward_kernel, key, programs, tensors, scalars, constants, warps
-            )
-    return partial.sum(0)
+    rows = _row_count(x.numel(), hidden)
+    unit, steps = _steps(x, (row_stride(x, "x"), row_stride(grad, "grad")))
+    block = triton.next_power_of_2(hidden)
+    constants = {"UNIT": unit, "H": hidden, "BLOCK": block}
+    at_once = 4
+    if not INTERPRETED:
+        properties = torch.cuda.get_device_properties(x.device)
+        at_once = properties.multi_processor_count * _BACKWARD_PROGRAMS_PER_SM
+    programs = min(rows, at_once)
+    warps = min(16, max(1, block // 512))
+    return Plan(rms_norm_backward_kernel, x, programs, (rows, *steps), constants, warps)

@@ -64,6 +64,12 @@ def check_scale(scale: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"scale is on {scale.device} but x is on {x.device}")
 
 
+def check_fp8(x: Tensor) -> None:
+    """NVIDIA converts to e4m3 in hardware from compute capability 8.9."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        raise ValueError("fp8 outputs need a GPU of compute capability 8.9 or newer")
+
+
 def row_stride(x: Tensor, name: str) -> int:
     """Elements from one row of ``x`` to the next. Raises ValueError where no one stride exists."""
     if x.is_contiguous():
@@ -92,6 +98,40 @@ def token_stride(heads: Tensor, name: str) -> int:
     if heads.shape[-1] > 1 and heads.stride(-1) != 1:
         raise ValueError(f"{name} with strides {list(heads.stride())} has non-contiguous heads")
     return row_stride(heads.select(-2, 0), name)
+
+
+def _span(heads: Tensor) -> int:
+    """Elements from the first to one past the last of ``heads``."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(heads.shape, heads.stride(), strict=True))
+
+
+def check_disjoint(q: Tensor, k: Tensor) -> None:
+    """``q`` and ``k`` [..., heads, H] are written in place: no element may belong to both.
+
+    Views of one fused tensor interleave, so their ranges overlap where their elements do not.
+    """
+    for name, heads in (("q", q), ("k", k)):
+        dims = sorted(
+            (stride, n) for n, stride in zip(heads.shape, heads.stride(), strict=True) if n > 1
+        )
+        reach = 1
+        for stride, n in dims:
+            if stride < reach:
+                raise ValueError(f"{name} has more than one index for some of its elements")
+            reach += (n - 1) * stride
+    if q.numel() == 0 or k.numel() == 0:
+        return
+    start = (k.data_ptr() - q.data_ptr()) // q.element_size()
+    if start >= _span(q) or -start >= _span(k):
+        return
+    period, other = token_stride(q, "q"), token_stride(k, "k")
+    if period == other and period > 0:
+        q_width = _span(q.flatten(0, -3)[0] if q.dim() > 2 else q)
+        k_width = _span(k.flatten(0, -3)[0] if k.dim() > 2 else k)
+        offset = start % period
+        if q_width <= offset and offset + k_width <= period:
+            return
+    raise ValueError("q and k share memory; both are written in place")
 
 
 def memory_order(x: Tensor) -> Sequence[int] | None:

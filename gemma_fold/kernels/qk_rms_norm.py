@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from gemma_fold.kernels import rows as R
 
 
 @triton.jit(do_not_specialize=["n_rows", "q_step", "k_step", "q_head_step", "k_head_step"])
@@ -38,10 +39,7 @@ def qk_rms_norm_kernel(
     # Choosing a pointer, not a value: each head loads only its own row and its own gamma.
     at = tl.where(is_q, q_at, k_at) + cols
     gamma_at = tl.where(is_q, q_gamma_ptr, k_gamma_ptr) + cols
-    if PDL:
-        # The next kernel may be placed at once: it waits for this one before it reads.
-        gdc_launch_dependents()
-        gdc_wait()
+    R.wait_for_previous(PDL)
     x = tl.load(at, mask=live, other=0.0).to(tl.float32)
     gamma = tl.load(gamma_at, mask=live, other=0.0)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / H + eps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemma_fold.kernels import rows as R
 
@@ -23,18 +22,26 @@ def rms_norm_kernel(
     CHUNK: tl.constexpr,
     M: tl.constexpr,
     PER_TOKEN: tl.constexpr,
+    NVIDIA: tl.constexpr,  # compiled for NVIDIA: neither ROCm nor the interpreter
     PDL: tl.constexpr,
+    FENCE: tl.constexpr,
+    GAMMA_LATE: tl.constexpr,  # load gamma when it is needed: fewer registers
 ):
     rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
     live = rows < n_rows
     wide = rows.to(tl.int64)
-    if PDL:
-        # The next kernel may be placed at once: it waits for this one before it reads.
-        gdc_launch_dependents()
-        gdc_wait()
+    R.wait_for_previous(PDL)
     x = R.load(x_ptr, wide * (x_step * UNIT), live, H, CHUNK, M)
-    gamma = R.load(gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
-    y = R.normalize(x, gamma, eps, x_ptr.dtype.element_ty, H)
-    if scale_ptr is not None:
-        y = R.quantize(y, scale_ptr, rows, live, PER_TOKEN)
+    if not GAMMA_LATE:
+        gamma = R.load(gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
+    if FENCE and NVIDIA:
+        R.fence()
+    rstd = R.inverse_rms(x, eps, H)
+    if GAMMA_LATE:
+        gamma = R.load(gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
+    if scale_ptr is None:
+        y = R.scale(x, rstd, gamma, tl.float32, NVIDIA)  # the store rounds
+    else:
+        y = R.scale(x, rstd, gamma, x_ptr.dtype.element_ty, NVIDIA)
+        y = R.quantize(y, scale_ptr, rows, live, PER_TOKEN, NVIDIA)
     R.store(y_ptr, wide * H, live, y, H, CHUNK, M)

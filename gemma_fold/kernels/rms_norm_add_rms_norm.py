@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemma_fold.kernels import rows as R
 
@@ -28,23 +27,32 @@ def rms_norm_add_rms_norm_kernel(
     CHUNK: tl.constexpr,
     M: tl.constexpr,
     PER_TOKEN: tl.constexpr,
+    NVIDIA: tl.constexpr,  # compiled for NVIDIA: neither ROCm nor the interpreter
     PDL: tl.constexpr,
+    FENCE: tl.constexpr,
+    GAMMA_LATE: tl.constexpr,  # load pre_gamma when it is needed: fewer registers
 ):
     rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
     live = rows < n_rows
     wide = rows.to(tl.int64)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    if PDL:
-        # The next kernel may be placed at once: it waits for this one before it reads.
-        gdc_launch_dependents()
-        gdc_wait()
+    R.wait_for_previous(PDL)
     x = R.load(x_ptr, wide * (x_step * UNIT), live, H, CHUNK, M)
     residual = R.load(residual_ptr, wide * (residual_step * UNIT), live, H, CHUNK, M)
     post_gamma = R.load(post_gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
-    pre_gamma = R.load(pre_gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
-    total = R.add(residual, R.normalize(x, post_gamma, post_eps, dtype, H), dtype)
+    if not GAMMA_LATE:
+        pre_gamma = R.load(pre_gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
+    if FENCE and NVIDIA:
+        R.fence()
+    normed = R.scale(x, R.inverse_rms(x, post_eps, H), post_gamma, dtype, NVIDIA)
+    total = R.add(residual, normed, dtype, NVIDIA)
     R.store(total_ptr, wide * H, live, total, H, CHUNK, M)
-    y = R.normalize(total, pre_gamma, pre_eps, dtype, H)
-    if scale_ptr is not None:
-        y = R.quantize(y, scale_ptr, rows, live, PER_TOKEN)
+    rstd = R.inverse_rms(total, pre_eps, H)
+    if GAMMA_LATE:
+        pre_gamma = R.load(pre_gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
+    if scale_ptr is None:
+        y = R.scale(total, rstd, pre_gamma, tl.float32, NVIDIA)  # the store rounds
+    else:
+        y = R.scale(total, rstd, pre_gamma, dtype, NVIDIA)
+        y = R.quantize(y, scale_ptr, rows, live, PER_TOKEN, NVIDIA)
     R.store(y_ptr, wide * H, live, y, H, CHUNK, M)

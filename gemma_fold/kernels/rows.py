@@ -7,10 +7,40 @@ row belongs to its own warps, every access is 16 bytes a thread, and a row is re
 order whatever ``M`` is: its bits do not depend on how many rows there are.
 """
 
+# ruff: noqa: RUF005  (Triton's language has tuple addition, not unpacking)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# How a kernel takes part in programmatic dependent launch (PDL).
+NO_PDL: tl.constexpr = tl.constexpr(0)
+EARLY: tl.constexpr = tl.constexpr(1)
+LATE: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Waits until everything launched before is complete and visible; lets the next kernel start.
+
+    The next kernel waits here in turn, so it may be placed at any time. EARLY places it at once,
+    which hides most of its launch. LATE places it when this kernel's own wait is over: kernels then
+    queue up one deep, not many deep, and keep their programs spread over the GPU. Nothing is read
+    before the wait, gamma neither: it may be the very thing the previous kernel wrote.
+    """
+    if PDL == EARLY:
+        gdc_launch_dependents()
+    if PDL != NO_PDL:
+        gdc_wait()
+    if PDL == LATE:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def fence():
+    """Keeps the compiler from starting to compute before the last load above is issued. NVIDIA."""
+    tl.inline_asm_elementwise("// loads above $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -46,26 +76,66 @@ def store(ptr, offsets, live, pieces, H: tl.constexpr, CHUNK: tl.constexpr, M: t
 
 
 @triton.jit
-def normalize(pieces, gammas, eps, dtype: tl.constexpr, H: tl.constexpr):
-    """RMSNorm of each row, computed in fp32 and rounded once to ``dtype``."""
+def rounded(x, dtype: tl.constexpr, NVIDIA: tl.constexpr):
+    """fp32 ``x`` rounded to the nearest ``dtype``, as fp32.
+
+    Written out for NVIDIA: a cast there and back compiles to one-element conversions, which run
+    at a quarter of the rate of the two-element ones and would bound these kernels.
+    """
+    if dtype == tl.float32:
+        y = x
+    elif not NVIDIA:
+        y = x.to(dtype).to(tl.float32)
+    elif dtype == tl.bfloat16:
+        y = tl.inline_asm_elementwise(
+            "{.reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2;"
+            " shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000;}",
+            "=f,=f,f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        y = tl.inline_asm_elementwise(
+            "{.reg .b32 t; .reg .f16 lo, hi; cvt.rn.f16x2.f32 t, $3, $2; mov.b32 {lo, hi}, t;"
+            " cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi;}",
+            "=f,=f,f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return y
+
+
+@triton.jit
+def inverse_rms(pieces, eps, H: tl.constexpr):
+    """1 / rms of each row, fp32 [M, 1]."""
     squares = pieces[0].to(tl.float32) * pieces[0].to(tl.float32)
     for i in tl.static_range(1, len(pieces)):
         x = pieces[i].to(tl.float32)
         squares += x * x
-    rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / H + eps)
+    return tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / H + eps)
+
+
+@triton.jit
+def scale(pieces, rstd, gammas, dtype: tl.constexpr, NVIDIA: tl.constexpr):
+    """``(x * rstd) * gamma`` in fp32, rounded once to ``dtype``; fp32 pieces."""
     normed = ()
     for i in tl.static_range(len(pieces)):
-        normed = normed + ((pieces[i].to(tl.float32) * rstd * gammas[i]).to(dtype),)
+        y = pieces[i].to(tl.float32) * rstd * gammas[i]
+        normed = normed + (rounded(y, dtype, NVIDIA),)
     return normed
 
 
 @triton.jit
-def add(residuals, pieces, dtype: tl.constexpr):
-    """The residual add, rounded to ``dtype`` as the unfused add rounds."""
+def add(residuals, pieces, dtype: tl.constexpr, NVIDIA: tl.constexpr):
+    """The residual add, rounded to ``dtype`` as the unfused add rounds; fp32 pieces."""
     total = ()
     for i in tl.static_range(len(pieces)):
         sum32 = residuals[i].to(tl.float32) + pieces[i].to(tl.float32)
-        total = total + (sum32.to(dtype),)
+        total = total + (rounded(sum32, dtype, NVIDIA),)
     return total
 
 
@@ -76,12 +146,15 @@ def _larger(a, b):
 
 
 @triton.jit
-def quantize(pieces, scale_ptr, rows, live, PER_TOKEN: tl.constexpr):
-    """e4m3 of each row over its scale, saturating. ``scale_ptr``: fp32, [1] in or [rows] out."""
+def quantize(pieces, scale_ptr, rows, live, PER_TOKEN: tl.constexpr, NVIDIA: tl.constexpr):
+    """e4m3 of each row over its scale, saturating. ``scale_ptr``: fp32, [1] in or [rows] out.
+
+    NVIDIA's conversion saturates by itself; elsewhere values are clamped first.
+    """
     if PER_TOKEN:
-        top = tl.abs(pieces[0].to(tl.float32))
+        top = tl.abs(pieces[0])
         for i in tl.static_range(1, len(pieces)):
-            top = _larger(top, tl.abs(pieces[i].to(tl.float32)))
+            top = _larger(top, tl.abs(pieces[i]))
         top = tl.reduce(top, 1, _larger, keep_dims=True)
         scale = _larger(tl.div_rn(top, 448.0), 1.0 / (448.0 * 512.0))
         tl.store(scale_ptr + rows, scale, mask=live)
@@ -90,7 +163,8 @@ def quantize(pieces, scale_ptr, rows, live, PER_TOKEN: tl.constexpr):
     inverse = tl.div_rn(1.0, scale)
     quantized = ()
     for i in tl.static_range(len(pieces)):
-        value = pieces[i].to(tl.float32) * inverse
-        value = tl.clamp(value, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        value = pieces[i] * inverse
+        if not NVIDIA:
+            value = tl.clamp(value, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         quantized = quantized + (value.to(tl.float8e4nv),)
     return quantized

@@ -1,0 +1,314 @@
+"""Times the norm operators against their peers and against a copy of the same bytes.
+
+    python benchmarks/norms.py --out benchmarks/results/norms_h200.json
+
+Needs a CUDA GPU. Every implementation of one operator and shape is captured into a CUDA graph of
+many calls over rotating buffers (together larger than twice the L2 where a graph's calls can be;
+a decode step's rows stay in L2, as they do in a model), and the graphs are replayed in turn, round
+after round; the figure is the median time of a call. Buffers are drawn afresh and every result is
+checked against float64 before anything is timed. One process per hidden size: all compile at once,
+then they take turns on the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing as mp
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import norm_peers as peers  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
+
+from gemma_fold import ops  # noqa: E402
+
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+HIDDEN = (640, 1152, 2560, 3840, 4096, 5376, 8192)
+QK_HEADS = ((32, 16, 128), (4, 1, 256))
+EAGER_HIDDEN = 5376
+ROUNDS = 15
+Graphs = dict[str, torch.cuda.CUDAGraph]
+
+
+def calls_per_graph(tokens: int) -> int:
+    """Enough calls to dwarf one graph launch, few enough to keep large shapes in memory."""
+    return next(n for limit, n in ((64, 60), (256, 40), (1024, 24), (4096, 12), (2**31, 6))
+                if tokens <= limit)  # fmt: skip
+
+
+def buffer_sets(op: str, tokens: int, hidden: int) -> int:
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    moved = tokens * hidden * sum(peers.BYTES[op])
+    return max(2, min(calls_per_graph(tokens), 2 * l2 // moved + 1))
+
+
+def capture(call: peers.Call, calls: int, sets: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of ``calls`` calls; their outputs stay alive so that each has its own memory."""
+    for i in range(min(2, sets)):
+        call(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call(i % sets) for i in range(calls)]
+    return graph, kept
+
+
+def time_interleaved(graphs: Graphs, calls: int, rounds: int) -> dict[str, float]:
+    """Median microseconds of one call, the graphs replayed in turn within each round."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for timed in [False] + [True] * rounds:
+        for name, graph in graphs.items():
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if timed:
+                times[name].append(start.elapsed_time(end) * 1000.0 / calls)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def row_calls(op: str, b: peers.Buffers, modules: dict[str, Any]) -> dict[str, peers.Call]:
+    """Every implementation of a row operator that exists here."""
+    found: dict[str, peers.Call | None] = {"gemma_fold": peers.ours(op, b)}
+    two = "+" if op.startswith("rms_norm_add") else ""
+    twice = lambda name: f"{name}+{name}" if two else name  # noqa: E731
+    if (fi := modules.get("flashinfer")) and (call := peers.flashinfer_calls(fi, op, b)):
+        found[twice("flashinfer-cuda")] = peers.flashinfer_backend(fi, True, call)
+        if modules["flashinfer-cute"]:
+            found[twice("flashinfer")] = peers.flashinfer_backend(fi, False, call)
+    if quack := modules.get("quack"):
+        found[twice("quack")] = peers.quack_calls(quack, op, b)
+    if liger := modules.get("liger"):
+        found[twice("liger")] = peers.liger_calls(liger, op, b)
+    if modules.get("compile"):
+        found["torch.compile"] = peers.compiled_calls(op, b)
+    return {name: call for name, call in found.items() if call is not None}
+
+
+def qk_calls(
+    heads: tuple[int, int, int], tokens: int, sets: int, modules: dict[str, Any]
+) -> dict[str, peers.Call]:
+    """q+k norm in place on views of one fused qkv tensor; peers launch once for q, once for k."""
+    q_heads, k_heads, size = heads
+    weight = torch.randn(size, device="cuda").bfloat16()
+    gamma = 1.0 + weight.float()
+    width = (q_heads + 2 * k_heads) * size
+    pairs = []
+    for _ in range(sets):
+        qkv = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+        q, k, _v = qkv.split([q_heads * size, k_heads * size, k_heads * size], dim=1)
+        pairs.append((q.view(tokens, q_heads, size), k.view(tokens, k_heads, size)))
+
+    found: dict[str, peers.Call] = {
+        "gemma_fold": lambda i: ops.qk_rms_norm(*pairs[i], gamma, gamma, peers.EPS)
+    }
+    if (fi := modules.get("flashinfer")) and modules["flashinfer-cute"]:
+
+        def both(i: int) -> None:
+            q, k = pairs[i]
+            fi.gemma_rmsnorm(q, weight, peers.EPS, out=q)
+            fi.gemma_rmsnorm(k, weight, peers.EPS, out=k)
+
+        found["flashinfer+flashinfer"] = peers.flashinfer_backend(fi, False, both)
+    return found
+
+
+def drop_failing(calls: dict[str, peers.Call]) -> dict[str, peers.Call]:
+    """Runs each once (which compiles it); a peer that cannot run here is reported and left out."""
+    working = {}
+    for name, call in calls.items():
+        try:
+            call(0)
+            torch.cuda.synchronize()
+            working[name] = call
+        except Exception:
+            if name == "gemma_fold":
+                raise
+            print(f"{name} fails:", traceback.format_exc(limit=-1)[-300:], flush=True)
+    return working
+
+
+def measure(calls: dict[str, peers.Call], tokens: int, sets: int, rounds: int) -> dict[str, float]:
+    n = calls_per_graph(tokens)
+    captured = {name: capture(call, n, sets) for name, call in calls.items()}
+    return time_interleaved({name: graph for name, (graph, _) in captured.items()}, n, rounds)
+
+
+def check(op: str, b: peers.Buffers) -> None:
+    """Ours against float64: no further from it than one rounding of the dtype and of its input."""
+    if "fp8" in op:
+        return  # tests/gpu compares every fp8 value with the reference
+    y = peers.ours(op, b)(0)
+    y, x = (y if isinstance(y, torch.Tensor) else y[0]).double(), b.x[0].double()
+
+    def norm(v: torch.Tensor) -> torch.Tensor:
+        return v * torch.rsqrt(v.square().mean(-1, keepdim=True) + peers.EPS) * b.gamma.double()
+
+    if op == "rms_norm_add_rms_norm":
+        x = norm(x)
+    if op != "rms_norm":
+        x = b.residual[0].double() + x
+    error = ((y - norm(x)).norm() / norm(x).norm()).item()
+    if not error < 0.01:
+        raise AssertionError(f"{op}: relative error {error} at {list(x.shape)}")
+
+
+def eager_rows(modules: dict[str, Any]) -> list[dict[str, Any]]:
+    """Host microseconds of one eager call: the time to return, the GPU left behind."""
+    rows = []
+    b = peers.make_buffers(1, EAGER_HIDDEN, 1, torch.randn(EAGER_HIDDEN, device="cuda").bfloat16())
+    for op in ("rms_norm", "add_rms_norm", "rms_norm_add_rms_norm"):
+        for name, call in drop_failing(row_calls(op, b, modules)).items():
+            best = []
+            for _ in range(7):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                for _ in range(300):
+                    call(0)
+                best.append((time.perf_counter() - begin) / 300 * 1e6)
+            row = {"op": f"{op} host", "tokens": 1, "hidden": EAGER_HIDDEN, "impl": name}
+            rows.append({**row, "us": statistics.median(best)})
+    return rows
+
+
+def load_modules(names: list[str]) -> dict[str, Any]:
+    modules: dict[str, Any] = {n: peers.installed(n) for n in names if n in peers.PACKAGES}
+    if fi := modules.get("flashinfer"):
+        modules["flashinfer-cute"] = not fi._USE_CUDA_NORM
+    modules["compile"] = "compile" in names
+    return modules
+
+
+def prepare_rows(hidden: int, wanted: list[str], modules: dict[str, Any]) -> Callable[..., Any]:
+    """Checks and compiles everything for one hidden size; returns what then measures it."""
+    weight = torch.randn(hidden, device="cuda").bfloat16()
+    for op in wanted:
+        b = peers.make_buffers(37, hidden, 2, weight)
+        check(op, b)
+        for tokens in (37, 1):
+            drop_failing(row_calls(op, peers.make_buffers(tokens, hidden, 2, weight), modules))
+
+    def run(tokens_list: list[int], rounds: int) -> list[dict[str, Any]]:
+        rows = []
+        for op in wanted:
+            for tokens in tokens_list:
+                sets = buffer_sets(op, tokens, hidden)
+                b = peers.make_buffers(tokens, hidden, sets, weight)
+                calls = {"copy": peers.copy(op, tokens, hidden, sets)}
+                calls |= drop_failing(row_calls(op, b, modules))
+                for name, us in measure(calls, tokens, sets, rounds).items():
+                    rows.append(
+                        {"op": op, "tokens": tokens, "hidden": hidden, "impl": name, "us": us}
+                    )
+        return rows if hidden != EAGER_HIDDEN else rows + eager_rows(modules)
+
+    return run
+
+
+def prepare_qk(heads: tuple[int, int, int], modules: dict[str, Any]) -> Callable[..., Any]:
+    hidden = (heads[0] + heads[1]) * heads[2]
+    drop_failing(qk_calls(heads, 37, 1, modules))
+
+    def run(tokens_list: list[int], rounds: int) -> list[dict[str, Any]]:
+        rows = []
+        for tokens in tokens_list:
+            sets = buffer_sets("qk_rms_norm", tokens, hidden)
+            calls = {"copy": peers.copy("qk_rms_norm", tokens, hidden, sets)}
+            calls |= drop_failing(qk_calls(heads, tokens, sets, modules))
+            for name, us in measure(calls, tokens, sets, rounds).items():
+                row = {"op": "qk_rms_norm", "tokens": tokens, "hidden": hidden, "impl": name}
+                rows.append({**row, "us": us})
+        return rows
+
+    return run
+
+
+def worker(prepare: Callable[..., Any], args: argparse.Namespace, ready: Any, turn: Any,
+           results: Any) -> None:  # fmt: skip
+    """Prepares beside the other workers, waits until all have, then measures alone."""
+    try:
+        with torch.no_grad():
+            run = prepare(modules=load_modules(args.peers))
+            torch.cuda.synchronize()
+            ready.wait(timeout=args.compile_seconds)
+            with turn:
+                results.put(run(args.tokens, args.rounds))
+                torch.cuda.synchronize()
+    except BaseException:
+        ready.abort()
+        results.put(traceback.format_exc())
+
+
+def git_commit() -> str:
+    out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return out.stdout.strip() or "unknown"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ops", nargs="+", default=list(peers.BYTES))
+    parser.add_argument("--hidden", nargs="+", type=int, default=list(HIDDEN))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--peers", nargs="*", default=["flashinfer", "quack", "liger", "compile"])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--commit", default=git_commit(), help="where .git does not travel along")
+    parser.add_argument("--compile-seconds", type=float, default=300.0)
+    args = parser.parse_args()
+
+    row_ops = [op for op in args.ops if op != "qk_rms_norm"]
+    jobs: list[Any] = [partial(prepare_rows, hidden, row_ops) for hidden in args.hidden]
+    if "qk_rms_norm" in args.ops:
+        jobs += [partial(prepare_qk, heads) for heads in QK_HEADS]
+    context = mp.get_context("spawn")
+    ready, turn, results = context.Barrier(len(jobs)), context.Lock(), context.Queue()
+    processes = [
+        context.Process(target=worker, args=(job, args, ready, turn, results)) for job in jobs
+    ]
+    for process in processes:
+        process.start()
+    answers = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    failures = [answer for answer in answers if isinstance(answer, str)]
+    if failures:
+        print(*failures, sep="\n", file=sys.stderr)
+    rows = [row for answer in answers if not isinstance(answer, str) for row in answer]
+    for row in rows:
+        row.update(world=1, dtype="bfloat16", us=round(row["us"], 3))
+    meta = {
+        "bench": "norms",
+        "gpu": torch.cuda.get_device_name(0),
+        "world": 1,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "peers": peers.versions(),
+        "commit": args.commit,
+        "date": datetime.date.today().isoformat(),
+        "command": "python " + " ".join(["benchmarks/norms.py", *sys.argv[1:]]),
+    }
+    rows.sort(key=lambda r: (r["op"], r["hidden"], r["tokens"], r["impl"]))
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    args.out.write_text(f'{{"meta": {json.dumps(meta, indent=1)},\n"rows": [\n{lines}\n]}}\n')
+    print(f"{len(rows)} rows in {args.out}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

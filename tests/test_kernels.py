@@ -1,0 +1,135 @@
+"""The kernels' logic on CPU, in Triton's interpreter: run by test_ops.py in a process of its own.
+
+The interpreter truncates where hardware rounds, both to bf16 and to e4m3, so exact comparisons
+use fp16 and fp32, and values that e4m3 holds exactly. Roundings are tested on the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from norm_checks import gamma, rows, ulps
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_ops.py with TRITON_INTERPRET=1", allow_module_level=True)
+
+from gemma_fold import ops
+from gemma_fold.kernels import launch, reference
+
+EPS = 1e-6
+LIMIT = {torch.bfloat16: 4.0, torch.float16: 1.0, torch.float32: 8.0}
+
+
+def test_the_interpreter_is_what_runs() -> None:
+    assert launch.INTERPRETED
+    assert type(launch.rms_norm_kernel).__name__ == "InterpretedFunction"
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("hidden", (1, 64, 100, 640, 641, 1152, 5376))
+def test_equals_the_unfused_sequence(hidden: int, dtype: torch.dtype) -> None:
+    x, residual = rows((3, hidden), dtype, 1, "cpu"), rows((3, hidden), dtype, 2, "cpu")
+    post, pre = gamma(hidden, 3, "cpu"), gamma(hidden, 4, "cpu")
+    normed = ops.rms_norm(x, post, EPS)
+    assert ulps(normed, reference.rms_norm(x, post, EPS), dtype) <= LIMIT[dtype]
+    y, total = ops.add_rms_norm(x, residual, pre, EPS)
+    assert ulps(total, residual + x, dtype, residual, x) <= (dtype == torch.bfloat16)
+    assert ulps(y, reference.rms_norm(total, pre, EPS), dtype) <= LIMIT[dtype]
+    y, total = ops.rms_norm_add_rms_norm(x, residual, post, pre, EPS, 1e-5)
+    assert ulps(total, residual + normed, dtype, normed, residual) <= LIMIT[dtype]
+    assert ulps(y, reference.rms_norm(total, pre, 1e-5), dtype) <= LIMIT[dtype]
+
+
+def test_rows_that_share_a_program_and_rows_left_over() -> None:
+    x, gain = rows((514, 64), torch.float32, 5, "cpu"), gamma(64, 6, "cpu")
+    assert launch.plan_rms_norm(x).constants["M"] > 1
+    assert 514 % launch.plan_rms_norm(x).constants["M"]
+    whole = ops.rms_norm(x, gain, EPS)
+    assert ulps(whole, reference.rms_norm(x, gain, EPS), torch.float32) <= 8.0
+    assert torch.equal(ops.rms_norm(x[510:], gain, EPS), whole[510:])
+
+
+def test_strides_and_layouts() -> None:
+    wide, gain = rows((10, 200), torch.float32, 7, "cpu"), gamma(64, 8, "cpu")
+    for view in (
+        wide[:, 64:128],
+        wide[:, 3:67],
+        wide[::2, :64],
+        wide[:, :64].unflatten(0, (2, 5)),
+        wide[:, :64].contiguous().view(2, 5, 64).transpose(0, 1),
+        wide[0, :64],
+    ):
+        got = ops.rms_norm(view, gain, EPS)
+        assert got.shape == view.shape
+        assert torch.equal(got, ops.rms_norm(view.contiguous(), gain, EPS))
+
+
+def test_rows_without_one_stride_are_refused() -> None:
+    x = rows((4, 3, 128), torch.float32, 18, "cpu")[:, :2, :64]
+    with pytest.raises(ValueError, match="pass a contiguous copy"):
+        ops.rms_norm(x, gamma(64, 19, "cpu"))
+
+
+@pytest.mark.parametrize("heads", ((4, 1, 64), (3, 2, 96), (1, 1, 7)))
+def test_qk_in_place_on_a_fused_tensor(heads: tuple[int, int, int]) -> None:
+    q_heads, k_heads, size = heads
+    sizes = [q_heads * size, k_heads * size, k_heads * size]
+    qkv = rows((9, sum(sizes)), torch.float16, 9, "cpu")
+    want = qkv.clone()
+    gains = gamma(size, 10, "cpu"), gamma(size, 11, "cpu")
+
+    def views(tensor: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, _ = tensor.split(sizes, dim=1)
+        return q.view(9, q_heads, size), k.view(9, k_heads, size)
+
+    ops.qk_rms_norm(*views(qkv), *gains, EPS)
+    reference.qk_rms_norm(*views(want), *gains, EPS)
+    assert ulps(qkv, want, torch.float16) <= 1.0
+    assert torch.equal(qkv[:, -sizes[2] :], want[:, -sizes[2] :])
+
+
+@pytest.mark.parametrize("per_token", (False, True))
+def test_fp8_of_values_that_e4m3_holds(per_token: bool) -> None:
+    signs = rows((5, 128), torch.float32, 12, "cpu").sign()
+    gain = torch.tensor([0.5, 1.0, 1.75, 14.0, 448.0, 0.0, 2.0, 3.5] * 16)
+    scale = None if per_token else torch.ones(1)
+    zeros = torch.zeros_like(signs)
+    results = [
+        ops.rms_norm_fp8(signs, gain, 0.0, scale),
+        ops.add_rms_norm_fp8(signs, zeros, gain, 0.0, scale),
+        ops.rms_norm_add_rms_norm_fp8(signs, zeros, torch.ones(128), gain, 0.0, 0.0, scale),
+    ]
+    for y, got_scale, *_ in results:
+        torch.testing.assert_close(y.float() * got_scale, signs * gain, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy remarks on what is tested
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_nan_and_infinity_propagate(value: float) -> None:
+    x, gain = rows((4, 100), torch.float32, 13, "cpu"), gamma(100, 14, "cpu")
+    x[1, 99] = value
+    got, want = ops.rms_norm(x, gain, EPS), reference.rms_norm(x, gain, EPS)
+    assert torch.equal(got.isnan(), want.isnan())
+    scales = ops.rms_norm_fp8(x, gain, EPS)[1]
+    assert scales.isnan().flatten().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_backward(dtype: torch.dtype) -> None:
+    x, grad = rows((7, 100), dtype, 15, "cpu"), rows((7, 100), dtype, 16, "cpu")
+    gain = gamma(100, 17, "cpu")
+    got = torch.ops.gemma_fold.rms_norm_backward(grad, x, gain, EPS)
+    want = reference.rms_norm_backward(grad, x, gain, EPS)
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_no_rows() -> None:
+    assert ops.rms_norm(torch.empty(0, 64), torch.ones(64)).shape == (0, 64)
+    assert torch.ops.gemma_fold.rms_norm_backward(
+        torch.empty(0, 64), torch.empty(0, 64), torch.ones(64), EPS
+    )[1].equal(torch.zeros(64))
