@@ -18,6 +18,7 @@ import tiny
 import torch
 from logprob_server import LogprobServer
 from safetensors.torch import load_file, save_file
+from test_runtime_serve import OURS, server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -549,6 +550,15 @@ def test_servers_that_cannot_be_used_are_one_line(
         with pytest.raises((EnvironmentProblem, UsageError), match=message) as caught:
             compare(server.url, server.url, text=short, timeout=0.5)
         assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_transformers_own_server_tells_too_little(root: Path, tmp_path: Path) -> None:
+    with (
+        server(OURS, root / "folded", tmp_path / "log") as client,
+        pytest.raises(EnvironmentProblem, match=r"no log-probabilities|refused the request"),
+    ):
+        compare(str(client.base_url), str(client.base_url))
 
 
 def test_the_command_where_no_server_listens(root: Path) -> None:

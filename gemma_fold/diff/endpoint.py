@@ -1,9 +1,9 @@
 """Log-probabilities from a running server, over the OpenAI completions API.
 
 `POST /v1/completions` with `echo` and `logprobs` returns the k most likely tokens at every position
-of the prompt (https://platform.openai.com/docs/api-reference/completions; vLLM and SGLang serve
-it). That is all a server tells, so the comparison is over the top k. Where the server offers it
-(`return_tokens_as_token_ids`, vLLM), tokens are named by id, since several may share a text.
+of the prompt (https://platform.openai.com/docs/api-reference/completions). That is all a server
+tells, so the comparison is over the top k. Where the server offers it, as vLLM does with
+`return_tokens_as_token_ids`, tokens are named by id, since several may share a text.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from gemma_fold.errors import EnvironmentProblem, UsageError
 
 #: Most likely tokens asked for at each position; servers limit it, vLLM to 20 unless told.
 TOP_K = 10
+_NAMED_BY_ID = re.compile(r"token_id[:_](\d+)")
 _PROBE = "The light on the"
 
 
@@ -36,6 +38,10 @@ class Position:
 def is_url(text: str) -> bool:
     """Whether `text` names a server."""
     return text.startswith(("http://", "https://"))
+
+
+class _RefusedError(EnvironmentProblem):
+    """The server answered, with an HTTP error."""
 
 
 class Endpoint:
@@ -54,9 +60,9 @@ class Endpoint:
         """
         try:
             positions = self.read(_PROBE, by_id=True)
-        except EnvironmentProblem:
+        except _RefusedError:
             positions = self.read(_PROBE, by_id=False)
-        return all(p.token.startswith("token_id:") for p in positions)
+        return all(_NAMED_BY_ID.fullmatch(p.token) for p in positions)
 
     def read(self, prompt: str | tuple[int, ...], *, by_id: bool) -> list[Position]:
         """Log-probabilities of every token of the prompt but the first."""
@@ -74,7 +80,7 @@ class Endpoint:
     ) -> tuple[tuple[str, ...], str]:
         """The most likely continuation: tokens, and their text."""
         answer = self._complete(prompt, tokens, echo=False, by_id=by_id)
-        names = tuple(map(str, self._logprobs(answer).get("tokens") or ()))
+        names = tuple(map(_name, self._logprobs(answer).get("tokens") or ()))
         return names, str(answer["choices"][0].get("text", ""))
 
     def _complete(
@@ -115,7 +121,7 @@ class Endpoint:
         try:
             # The first token has no prediction before it; servers put null there.
             return [
-                Position(str(t), float(p) if p is not None else 0.0, _floats(top or {}))
+                Position(_name(t), float(p) if p is not None else 0.0, _floats(top or {}))
                 for t, p, top in zip(*columns, strict=True)
             ]
         except (TypeError, ValueError, AttributeError):
@@ -124,7 +130,7 @@ class Endpoint:
     def _no_logprobs(self) -> EnvironmentProblem:
         return EnvironmentProblem(
             f"{self.url} gives no log-probabilities of the prompt; use a server whose "
-            "/v1/completions supports echo with logprobs, as vLLM and SGLang do"
+            "/v1/completions supports echo together with logprobs"
         )
 
     def _request(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
@@ -152,9 +158,9 @@ class Endpoint:
             raise UsageError(f"{self.url}{path} does not answer in JSON; it is no such server")
         return answer
 
-    def _refused(self, error: urllib.error.HTTPError) -> EnvironmentProblem:
+    def _refused(self, error: urllib.error.HTTPError) -> _RefusedError:
         text = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
-        return EnvironmentProblem(
+        return _RefusedError(
             f"{self.url} refused the request (HTTP {error.code}{': ' + text if text else ''}); "
             "check the address, the server's log and OPENAI_API_KEY"
         )
@@ -170,5 +176,11 @@ class Endpoint:
         )
 
 
+def _name(token: object) -> str:
+    """A token's name; ids are spelled one way, whichever version of a server sends them."""
+    match = _NAMED_BY_ID.fullmatch(str(token))
+    return f"token_id:{match[1]}" if match else str(token)
+
+
 def _floats(top: Mapping[str, Any]) -> dict[str, float]:
-    return {str(token): float(logprob) for token, logprob in top.items()}
+    return {_name(token): float(logprob) for token, logprob in top.items()}

@@ -116,7 +116,7 @@ def split_windows(ids: list[int], start: list[int], context: int) -> tuple[tuple
 
 
 def _longest(config: Mapping[str, Any]) -> int | None:
-    for part in (config, config.get("text_config")):
+    for part in (config, config.get("text_config"), config.get("decoder")):
         value = part.get("max_position_embeddings") if isinstance(part, Mapping) else None
         if isinstance(value, int) and value > 1:
             return value

@@ -110,7 +110,7 @@ def compare_top(
     server is down, too slow, or tells no log-probabilities.
     """
     by_id = all([e.names_ids() for e in (a, b) if isinstance(e, Endpoint)])
-    passages, starts, origin = _texts(tokens, text, prompts)
+    passages, starts, names, origin = _texts(tokens, text, prompts)
     progress.start(2 * len(passages), 2)
     readings = []
     floor: list[Positions] | None = None
@@ -128,10 +128,8 @@ def compare_top(
         floor=summarize(noise, vocabulary=None, top_k=TOP_K) if noise else None,
         floor_how="A asked again, all passages at once instead of one by one" if noise else "",
         greedy=tuple(
-            Continuation(
-                prompt, max(len(x[0]), len(y[0])), first_difference(x[0], y[0]), x[1], y[1]
-            )
-            for prompt, x, y in zip(PROMPTS[:prompts], one.greedy, two.greedy, strict=True)
+            Continuation(name, max(len(x[0]), len(y[0])), first_difference(x[0], y[0]), x[1], y[1])
+            for name, x, y in zip(names, one.greedy, two.greedy, strict=True)
         ),
         text=origin,
         windows=len(passages),
@@ -143,11 +141,13 @@ def compare_top(
 
 def _texts(
     tokens: Tokens | None, path: Path | None, prompts: int
-) -> tuple[Sequence[Text], Sequence[Text], str]:
+) -> tuple[Sequence[Text], Sequence[Text], Sequence[str], str]:
+    """Passages, prompts, the prompts as people read them, and where the text is from."""
     if tokens is not None:
-        return tokens.windows, [prompt.ids for prompt in tokens.prompts], tokens.origin
+        names = [prompt.text or tokens.text(prompt.ids) for prompt in tokens.prompts]
+        return tokens.windows, [prompt.ids for prompt in tokens.prompts], names, tokens.origin
     text, origin = read_text(path)
-    return split_text(text), PROMPTS[:prompts], origin
+    return split_text(text), PROMPTS[:prompts], PROMPTS[:prompts], origin
 
 
 def split_text(text: str, letters: int = _LETTERS) -> list[str]:
