@@ -30,7 +30,11 @@ __all__ = [
 ]
 
 _ops = torch.ops.gemma_fold
-_PLAIN = (Tensor, torch.nn.Parameter)
+# Bound once: these run on every call, and a small norm is over in a few microseconds.
+_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_grad_enabled = torch.is_grad_enabled
 
 
 def _eager(x: Tensor) -> bool:
@@ -39,15 +43,11 @@ def _eager(x: Tensor) -> bool:
     Only then may the dispatcher be skipped; it costs several microseconds of host time a call.
     """
     return (
-        type(x) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        not _compiling()
+        and (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and _dispatch_modes() == 0
+        and _transforms() is None
     )
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def rms_norm(x: Tensor, gamma: Tensor, eps: float = 1e-6) -> Tensor:
@@ -56,7 +56,7 @@ def rms_norm(x: Tensor, gamma: Tensor, eps: float = 1e-6) -> Tensor:
     Returns [..., H] in the dtype of ``x``. ``x`` may have any row stride, and its leading
     dimensions may be transposed; the columns must be contiguous.
     """
-    if _eager(x) and not _needs_grad(x, gamma):
+    if _eager(x) and not (_grad_enabled() and (x.requires_grad or gamma.requires_grad)):
         return dispatch.rms_norm(x, gamma, eps)
     return cast(Tensor, _ops.rms_norm(x, gamma, eps))
 
@@ -69,7 +69,7 @@ def add_rms_norm(
     Returns ``(y, new_residual)`` with ``new_residual = residual + x`` rounded to the dtype of
     ``x`` and ``y = rms_norm(new_residual)``. Differentiable.
     """
-    if _needs_grad(x, residual, gamma):
+    if _grad_enabled() and (x.requires_grad or residual.requires_grad or gamma.requires_grad):
         dispatch.check_add(x, residual, gamma)
         total = residual + x
         return rms_norm(total, gamma, eps), total
@@ -92,7 +92,12 @@ def rms_norm_add_rms_norm(
     with ``new_residual = residual + rms_norm(x, post_gamma)`` and
     ``y = rms_norm(new_residual, pre_gamma)``, each rounded to the dtype of ``x``. Differentiable.
     """
-    if _needs_grad(x, residual, post_gamma, pre_gamma):
+    if _grad_enabled() and (
+        x.requires_grad
+        or residual.requires_grad
+        or post_gamma.requires_grad
+        or pre_gamma.requires_grad
+    ):
         dispatch.check_sandwich(x, residual, post_gamma, pre_gamma)
         return add_rms_norm(rms_norm(x, post_gamma, post_eps), residual, pre_gamma, pre_eps)
     args = (x, residual, post_gamma, pre_gamma, post_eps, pre_eps)
@@ -107,7 +112,9 @@ def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: flo
     ``q``: [..., q_heads, head_dim]; ``k``: [..., k_heads, head_dim], both usually views of one
     fused qkv tensor; gammas fp32 [head_dim]. Not differentiable.
     """
-    if _needs_grad(q, k, q_gamma, k_gamma):
+    if _grad_enabled() and (
+        q.requires_grad or k.requires_grad or q_gamma.requires_grad or k_gamma.requires_grad
+    ):
         raise ValueError("qk_rms_norm works in place and has no backward; use rms_norm to train")
     if _eager(q):
         dispatch.qk_rms_norm(q, k, q_gamma, k_gamma, eps)

@@ -41,14 +41,12 @@ def add_rms_norm_kernel(
         gamma = R.load(gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
     if FENCE and NVIDIA:
         R.fence()
-    total = R.add(residual, x, dtype, NVIDIA)
+    total = R.add(residual, x, dtype)
     R.store(total_ptr, wide * H, live, total, H, CHUNK, M)
-    rstd = R.inverse_rms(total, eps, H)
+    rstd = R.inverse_rms(total, eps, H, dtype)
     if GAMMA_LATE:
         gamma = R.load(gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
-    if scale_ptr is None:
-        y = R.scale(total, rstd, gamma, tl.float32, NVIDIA)  # the store rounds
-    else:
-        y = R.scale(total, rstd, gamma, dtype, NVIDIA)
-        y = R.quantize(y, scale_ptr, rows, live, PER_TOKEN, NVIDIA)
+    y = R.scale(total, rstd, gamma, tl.float32)  # rounded by the store or by the quantisation
+    if scale_ptr is not None:
+        y = R.quantize(y, scale_ptr, rows, live, dtype, PER_TOKEN, NVIDIA)
     R.store(y_ptr, wide * H, live, y, H, CHUNK, M)

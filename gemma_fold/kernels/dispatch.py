@@ -85,6 +85,10 @@ def _empty(x: Tensor, plan: Any) -> Tensor:
     return _empty_like(x) if plan.dense else x.new_empty(x.shape)
 
 
+def _mode(scale: Tensor | None) -> str:
+    return "per_token" if scale is None else "static"
+
+
 def _scale_for(x: Tensor, scale: Tensor | None) -> Tensor:
     """Where the kernel reads the static scale, or writes one scale per row."""
     if scale is not None:
@@ -180,7 +184,7 @@ def rms_norm_fp8(x: Tensor, gamma: Tensor, eps: float, scale: Tensor | None) -> 
         if _reference_runs(x):
             return reference.quantize(reference.rms_norm(x, gamma, eps), scale)
         layout.check_fp8(x)
-        plan = _remember(key, _launch().plan_rms_norm(x, scale is None))
+        plan = _remember(key, _launch().plan_rms_norm(x, _mode(scale)))
     y, scales = x.new_empty(x.shape, dtype=FP8), _scale_for(x, scale)
     plan((x, gamma, y, scales), (eps,))
     return y, scales
@@ -198,7 +202,7 @@ def add_rms_norm_fp8(
             y, total = reference.add_rms_norm(x, residual, gamma, eps)
             return (*reference.quantize(y, scale), total)
         layout.check_fp8(x)
-        plan = _remember(key, _launch().plan_add_rms_norm(x, residual, scale is None))
+        plan = _remember(key, _launch().plan_add_rms_norm(x, residual, _mode(scale)))
     y, scales = x.new_empty(x.shape, dtype=FP8), _scale_for(x, scale)
     total = _empty(x, plan)
     plan((x, residual, gamma, y, total, scales), (eps,))
@@ -226,7 +230,7 @@ def rms_norm_add_rms_norm_fp8(
             )
             return (*reference.quantize(y, scale), total)
         layout.check_fp8(x)
-        plan = _remember(key, _launch().plan_rms_norm_add_rms_norm(x, residual, scale is None))
+        plan = _remember(key, _launch().plan_rms_norm_add_rms_norm(x, residual, _mode(scale)))
     y, scales = x.new_empty(x.shape, dtype=FP8), _scale_for(x, scale)
     total = _empty(x, plan)
     plan((x, residual, post_gamma, pre_gamma, y, total, scales), (post_eps, pre_eps))

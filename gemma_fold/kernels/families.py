@@ -1,8 +1,8 @@
 """Norms of a few families that no kernel covers, in plain torch, and the fold itself on tensors.
 
 Shapes: activations ``[..., H]``; ``gamma`` fp32 ``[H]``. A family that adds in the storage dtype
-applies the gain in that dtype too, so its gamma is rounded to the dtype of the activations first;
-for 16-bit weights that rounding gives exactly the sum the family computes.
+has a gain of that dtype, so gamma is rounded to the dtype of the activations before it is used. The
+rounded fp32 sum is the sum in that dtype: torch, too, adds a scalar in fp32 and rounds once.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def fold(weight: Tensor, offset: float, *, in_storage_dtype: bool) -> Tensor:
-    """fp32 ``offset + weight``, added in fp32 or, as some families do, in the weight's dtype."""
-    if in_storage_dtype:
-        return (weight + offset).float()
+def fold(weight: Tensor, offset: float) -> Tensor:
+    """fp32 ``offset + weight``."""
     return weight.float() + offset
 
 

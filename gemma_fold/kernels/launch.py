@@ -140,18 +140,18 @@ def _row_count(elements: int, hidden: int) -> int:
 
 
 def _plan_rows(
-    kernel: Any, name: str, x: Tensor, strides: tuple[int, ...], per_token: bool
+    kernel: Any, name: str, x: Tensor, strides: tuple[int, ...], fp8: str | None
 ) -> Plan:
     hidden, itemsize = x.shape[-1], x.element_size()
     rows = _row_count(x.numel(), hidden)
     unit, steps = _steps(x, strides)
-    config = row_config(name, hidden * itemsize, rows, x.numel())
+    config = row_config(name, fp8 is not None, hidden * itemsize, rows)
     constants = {
         "UNIT": unit,
         "H": hidden,
         "CHUNK": config.warps * 32 * (16 // itemsize),
         "M": config.together,
-        "PER_TOKEN": per_token,
+        "PER_TOKEN": fp8 == "per_token",
         "NVIDIA": not INTERPRETED and torch.version.hip is None,
         "PDL": config.pdl,
         "FENCE": config.fence,
@@ -161,21 +161,21 @@ def _plan_rows(
     return Plan(kernel, x, programs, (rows, *steps), constants, config.warps * config.together)
 
 
-def plan_rms_norm(x: Tensor, per_token: bool = False) -> Plan:
+def plan_rms_norm(x: Tensor, fp8: str | None = None) -> Plan:
     """Called with ``(x, gamma, y, scale), (eps,)``."""
-    return _plan_rows(rms_norm_kernel, "rms_norm", x, (row_stride(x, "x"),), per_token)
+    return _plan_rows(rms_norm_kernel, "rms_norm", x, (row_stride(x, "x"),), fp8)
 
 
-def plan_add_rms_norm(x: Tensor, residual: Tensor, per_token: bool = False) -> Plan:
+def plan_add_rms_norm(x: Tensor, residual: Tensor, fp8: str | None = None) -> Plan:
     """Called with ``(x, residual, gamma, y, total, scale), (eps,)``."""
     strides = (row_stride(x, "x"), row_stride(residual, "residual"))
-    return _plan_rows(add_rms_norm_kernel, "add_rms_norm", x, strides, per_token)
+    return _plan_rows(add_rms_norm_kernel, "add_rms_norm", x, strides, fp8)
 
 
-def plan_rms_norm_add_rms_norm(x: Tensor, residual: Tensor, per_token: bool = False) -> Plan:
+def plan_rms_norm_add_rms_norm(x: Tensor, residual: Tensor, fp8: str | None = None) -> Plan:
     """Called with ``(x, residual, post_gamma, pre_gamma, y, total, scale), (post, pre)`` eps."""
     strides = (row_stride(x, "x"), row_stride(residual, "residual"))
-    return _plan_rows(rms_norm_add_rms_norm_kernel, "rms_norm_add_rms_norm", x, strides, per_token)
+    return _plan_rows(rms_norm_add_rms_norm_kernel, "rms_norm_add_rms_norm", x, strides, fp8)
 
 
 def plan_qk_rms_norm(q: Tensor, k: Tensor) -> Plan:

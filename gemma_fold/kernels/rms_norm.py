@@ -30,18 +30,17 @@ def rms_norm_kernel(
     rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
     live = rows < n_rows
     wide = rows.to(tl.int64)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     R.wait_for_previous(PDL)
     x = R.load(x_ptr, wide * (x_step * UNIT), live, H, CHUNK, M)
     if not GAMMA_LATE:
         gamma = R.load(gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
     if FENCE and NVIDIA:
         R.fence()
-    rstd = R.inverse_rms(x, eps, H)
+    rstd = R.inverse_rms(x, eps, H, dtype)
     if GAMMA_LATE:
         gamma = R.load(gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
-    if scale_ptr is None:
-        y = R.scale(x, rstd, gamma, tl.float32, NVIDIA)  # the store rounds
-    else:
-        y = R.scale(x, rstd, gamma, x_ptr.dtype.element_ty, NVIDIA)
-        y = R.quantize(y, scale_ptr, rows, live, PER_TOKEN, NVIDIA)
+    y = R.scale(x, rstd, gamma, tl.float32)  # rounded by the store or by the quantisation
+    if scale_ptr is not None:
+        y = R.quantize(y, scale_ptr, rows, live, dtype, PER_TOKEN, NVIDIA)
     R.store(y_ptr, wide * H, live, y, H, CHUNK, M)

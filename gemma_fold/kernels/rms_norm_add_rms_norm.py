@@ -44,15 +44,13 @@ def rms_norm_add_rms_norm_kernel(
         pre_gamma = R.load(pre_gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
     if FENCE and NVIDIA:
         R.fence()
-    normed = R.scale(x, R.inverse_rms(x, post_eps, H), post_gamma, dtype, NVIDIA)
-    total = R.add(residual, normed, dtype, NVIDIA)
+    normed = R.scale(x, R.inverse_rms(x, post_eps, H, dtype), post_gamma, dtype)
+    total = R.add(residual, normed, dtype)
     R.store(total_ptr, wide * H, live, total, H, CHUNK, M)
-    rstd = R.inverse_rms(total, pre_eps, H)
+    rstd = R.inverse_rms(total, pre_eps, H, dtype)
     if GAMMA_LATE:
         pre_gamma = R.load(pre_gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
-    if scale_ptr is None:
-        y = R.scale(total, rstd, pre_gamma, tl.float32, NVIDIA)  # the store rounds
-    else:
-        y = R.scale(total, rstd, pre_gamma, dtype, NVIDIA)
-        y = R.quantize(y, scale_ptr, rows, live, PER_TOKEN, NVIDIA)
+    y = R.scale(total, rstd, pre_gamma, tl.float32)  # rounded by the store or by the quantisation
+    if scale_ptr is not None:
+        y = R.quantize(y, scale_ptr, rows, live, dtype, PER_TOKEN, NVIDIA)
     R.store(y_ptr, wide * H, live, y, H, CHUNK, M)

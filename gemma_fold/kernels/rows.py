@@ -110,32 +110,36 @@ def rounded(x, dtype: tl.constexpr, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def inverse_rms(pieces, eps, H: tl.constexpr):
-    """1 / rms of each row, fp32 [M, 1]."""
+def inverse_rms(pieces, eps, H: tl.constexpr, dtype: tl.constexpr):
+    """1 / rms of each row, fp32 [M, 1]. For fp32 rows the last bit of it counts."""
     squares = pieces[0].to(tl.float32) * pieces[0].to(tl.float32)
     for i in tl.static_range(1, len(pieces)):
         x = pieces[i].to(tl.float32)
         squares += x * x
-    return tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / H + eps)
+    total = tl.sum(squares, axis=1, keep_dims=True)
+    if dtype == tl.float32:
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total, H * 1.0) + eps))
+    else:
+        rstd = tl.rsqrt(total / H + eps)
+    return rstd
 
 
 @triton.jit
-def scale(pieces, rstd, gammas, dtype: tl.constexpr, NVIDIA: tl.constexpr):
-    """``(x * rstd) * gamma`` in fp32, rounded once to ``dtype``; fp32 pieces."""
+def scale(pieces, rstd, gammas, dtype: tl.constexpr):
+    """``(x * rstd) * gamma`` in fp32, rounded once to ``dtype``."""
     normed = ()
     for i in tl.static_range(len(pieces)):
-        y = pieces[i].to(tl.float32) * rstd * gammas[i]
-        normed = normed + (rounded(y, dtype, NVIDIA),)
+        normed = normed + ((pieces[i].to(tl.float32) * rstd * gammas[i]).to(dtype),)
     return normed
 
 
 @triton.jit
-def add(residuals, pieces, dtype: tl.constexpr, NVIDIA: tl.constexpr):
-    """The residual add, rounded to ``dtype`` as the unfused add rounds; fp32 pieces."""
+def add(residuals, pieces, dtype: tl.constexpr):
+    """The residual add, rounded to ``dtype`` as the unfused add rounds."""
     total = ()
     for i in tl.static_range(len(pieces)):
         sum32 = residuals[i].to(tl.float32) + pieces[i].to(tl.float32)
-        total = total + (rounded(sum32, dtype, NVIDIA),)
+        total = total + (sum32.to(dtype),)
     return total
 
 
@@ -146,11 +150,24 @@ def _larger(a, b):
 
 
 @triton.jit
-def quantize(pieces, scale_ptr, rows, live, PER_TOKEN: tl.constexpr, NVIDIA: tl.constexpr):
-    """e4m3 of each row over its scale, saturating. ``scale_ptr``: fp32, [1] in or [rows] out.
+def quantize(
+    normed,
+    scale_ptr,
+    rows,
+    live,
+    dtype: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):
+    """e4m3 of each fp32 row, rounded to ``dtype`` first, over its scale; saturating.
+
+    ``scale_ptr``: fp32, [1] read or [rows] written.
 
     NVIDIA's conversion saturates by itself; elsewhere values are clamped first.
     """
+    pieces = ()
+    for i in tl.static_range(len(normed)):
+        pieces = pieces + (rounded(normed[i], dtype, NVIDIA),)
     if PER_TOKEN:
         top = tl.abs(pieces[0])
         for i in tl.static_range(1, len(pieces)):

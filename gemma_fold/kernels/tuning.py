@@ -12,17 +12,14 @@ from functools import cache
 
 from gemma_fold.kernels.rows import EARLY, LATE
 
-# Per operator: (largest row in bytes, warps), in ascending order.
-_WARPS = {
-    "rms_norm": ((2560, 1), (7680, 4), (16384, 8)),
-    "add_rms_norm": ((1536, 2), (8192, 4), (12288, 8)),
-    "rms_norm_add_rms_norm": ((1536, 1), (2560, 2), (8192, 4), (16384, 8)),
-}
+# (largest row in bytes, warps), in ascending order. One table for all operators, so that a fused
+# operator sums in the order of the operators it replaces and equals them bit for bit.
+_WARPS = ((1536, 1), (2560, 2), (8192, 4), (16384, 8))
 _MOST_WARPS = 16
 # Rows at which the programs of one kernel no longer fit on the GPU all at once.
 _MANY_ROWS = 512
-# Elements below which a kernel is launch and latency, not bandwidth.
-_FEW_ELEMENTS = 45056
+# Size below which a kernel is launch and latency, not bandwidth.
+_FEW_BYTES = 90112
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +34,26 @@ class RowConfig:
 
 
 @cache
-def warps_per_row(operator: str, row_bytes: int) -> int:
+def warps_per_row(row_bytes: int) -> int:
     """Warps that share one row of ``row_bytes`` bytes of activations."""
-    for limit, warps in _WARPS[operator]:
+    for limit, warps in _WARPS:
         if row_bytes <= limit:
             return warps
     return _MOST_WARPS
 
 
-def row_config(operator: str, row_bytes: int, rows: int, elements: int) -> RowConfig:
-    """The configuration for ``rows`` rows, ``elements`` elements in all."""
-    warps = warps_per_row(operator, row_bytes)
+def row_config(operator: str, fp8: bool, row_bytes: int, rows: int) -> RowConfig:
+    """The configuration of ``operator`` for ``rows`` rows of ``row_bytes`` bytes."""
+    warps = warps_per_row(row_bytes)
     many = rows > _MANY_ROWS
-    few = elements <= _FEW_ELEMENTS
+    few = rows * row_bytes <= _FEW_BYTES
+    # Rows whose pieces miss 16-byte alignment are laid out by how many share a program.
+    share = many and row_bytes % 16 == 0
+    sandwich = operator == "rms_norm_add_rms_norm"
     return RowConfig(
         warps=warps,
-        together=max(1, 4 // warps) if many else 1,
+        together=max(1, 4 // warps) if share else 1,
         pdl=LATE.value if row_bytes > 2560 and not (many or few) else EARLY.value,
         fence=warps == 1 or not few,
-        # Rows of this length then leave registers for one more program on each SM.
-        gamma_late=many and operator == "rms_norm_add_rms_norm" and 8192 < row_bytes <= 12288,
+        gamma_late=(fp8 and rows > 2048) or (sandwich and many and 8192 < row_bytes <= 12288),
     )

@@ -38,10 +38,12 @@ def test_equals_the_unfused_sequence(tokens: int, hidden: int, dtype: torch.dtyp
 
     y, total = ops.add_rms_norm(x, residual, pre, EPS)
     assert torch.equal(total, residual + x)
+    assert torch.equal(y, ops.rms_norm(total, pre, EPS))
     assert ulps(y, reference.rms_norm(total, pre, EPS), dtype) <= LIMIT[dtype]
 
     y, total = ops.rms_norm_add_rms_norm(x, residual, post, pre, EPS, 1e-5)
-    assert ulps(total, residual + normed, dtype, normed, residual) <= LIMIT[dtype]
+    assert torch.equal(total, residual + normed)
+    assert torch.equal(y, ops.rms_norm(total, pre, 1e-5))
     assert ulps(y, reference.rms_norm(total, pre, 1e-5), dtype) <= LIMIT[dtype]
 
 
@@ -53,8 +55,9 @@ def test_no_further_from_float64_than_the_stock_sequence(hidden: int, dtype: tor
     ours = ops.rms_norm_add_rms_norm(x, residual, post, pre, EPS, EPS)
     total = residual.double() + exact_norm(x, post, EPS)
     for got, other, exact in zip(ours, stock, (exact_norm(total, pre, EPS), total), strict=True):
-        error = (got.double() - exact).norm()
-        assert error <= 1.001 * (other.double() - exact).norm()
+        ours_off = (got.double() - exact).norm().item()
+        stock_off = (other.double() - exact).norm().item()
+        assert ours_off <= 1.001 * stock_off
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -266,6 +269,7 @@ def test_a_gamma_written_by_the_kernel_before_is_seen() -> None:
         assert torch.equal(ops.rms_norm(x, gain + step), want[step])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, on the first compile
 def test_compiles_whole_and_once_for_every_token_count() -> None:
     gain, other = gamma(1152, 14, "cuda"), gamma(128, 15, "cuda")
 

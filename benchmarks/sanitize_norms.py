@@ -1,0 +1,108 @@
+"""Runs every norm kernel once under compute-sanitizer and records what it says.
+
+    python benchmarks/sanitize_norms.py --out benchmarks/results/norms_sanitizer_h200.json
+
+Needs a CUDA GPU and compute-sanitizer. Memory comes straight from the driver, one allocation per
+tensor, so that memcheck sees a read past the end of any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ("memcheck", "racecheck")
+TOKENS = (1, 5, 600)
+HIDDEN = (64, 640, 641, 1152, 5376, 16384)
+
+
+def run_kernels() -> int:
+    """Every operator, dtype and kind of configuration, on small shapes."""
+    import torch
+
+    from gemma_fold import ops
+
+    calls = 0
+    for dtype in (torch.bfloat16, torch.float32):
+        for hidden in HIDDEN:
+            gamma = torch.rand(hidden, device="cuda")
+            scale = torch.ones(1, device="cuda")
+            for tokens in TOKENS:
+                x = torch.rand(tokens, hidden, device="cuda").to(dtype)
+                ops.rms_norm(x, gamma)
+                ops.add_rms_norm(x, x, gamma)
+                ops.rms_norm_add_rms_norm(x, x, gamma, gamma)
+                for given in (None, scale):
+                    ops.rms_norm_fp8(x, gamma, 1e-6, given)
+                    ops.add_rms_norm_fp8(x, x, gamma, 1e-6, given)
+                    ops.rms_norm_add_rms_norm_fp8(x, x, gamma, gamma, 1e-6, 1e-6, given)
+                torch.ops.gemma_fold.rms_norm_backward(x, x, gamma, 1e-6)
+                calls += 10
+        for q_heads, k_heads, size in ((32, 16, 128), (4, 1, 256), (3, 2, 96)):
+            for tokens in TOKENS:
+                qkv = torch.rand(tokens, q_heads + 2 * k_heads, size, device="cuda").to(dtype)
+                gamma = torch.rand(size, device="cuda")
+                q, k = qkv[:, :q_heads], qkv[:, q_heads : q_heads + k_heads]
+                ops.qk_rms_norm(q, k, gamma, gamma)
+                calls += 1
+    torch.cuda.synchronize()
+    return calls
+
+
+def sanitize(tool: str) -> dict[str, object]:
+    """The summary line of one tool, and its exit code."""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    run = subprocess.run(
+        [*command, sys.executable, __file__, "--run"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    lines = (run.stdout + run.stderr).splitlines()
+    summary = [line.strip("= ") for line in lines if "SUMMARY" in line]
+    kernels = [line for line in lines if line.startswith("calls ")]
+    if run.returncode:
+        print(run.stdout[-3000:], run.stderr[-3000:], file=sys.stderr)
+    return {
+        "tool": tool,
+        "exit_code": run.returncode,
+        "summary": summary,
+        "calls": int(kernels[0].split()[1]) if kernels else 0,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", action="store_true", help="only run the kernels")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default="unknown")
+    args = parser.parse_args()
+    if args.run:
+        print("calls", run_kernels())
+        return 0
+    import torch
+    import triton
+
+    results = [sanitize(tool) for tool in TOOLS]
+    meta = {
+        "bench": "norms_sanitizer",
+        "gpu": torch.cuda.get_device_name(0),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": args.commit,
+        "date": datetime.date.today().isoformat(),
+        "command": "python benchmarks/sanitize_norms.py",
+    }
+    args.out.write_text(json.dumps({"meta": meta, "runs": results}, indent=1) + "\n")
+    print(json.dumps(results))
+    return 0 if all(result["exit_code"] == 0 for result in results) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
