@@ -6,6 +6,8 @@ import copy
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -674,6 +676,32 @@ class TestBadInput:
         for loader in (gemma_fold.load, transformers.AutoModelForCausalLM.from_pretrained):
             with pytest.raises(gemma_fold.GemmaFoldError, match=r"gemma99.*transformers>=6\.1\.0"):
                 loader(copied)
+
+    def test_without_transformers_it_says_what_to_install(self, folded: Path) -> None:
+        program = f"""
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "transformers":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+import gemma_fold
+try:
+    gemma_fold.load({str(folded)!r})
+except gemma_fold.GemmaFoldError as error:
+    print(error)
+"""
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert "pip install 'gemma-fold[transformers]'" in result.stdout, result.stderr
+
+    def test_the_package_itself_is_light(self) -> None:
+        program = (
+            "import sys, gemma_fold; print({'torch', 'numpy', 'transformers'} & {*sys.modules})"
+        )
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert result.stdout == "set()\n", result.stderr
 
     def test_messages_are_one_line(self, source: Path) -> None:
         with pytest.raises(CheckpointError) as caught:

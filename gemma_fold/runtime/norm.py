@@ -62,10 +62,8 @@ class FoldedNorm(nn.Module):
         if weight.is_meta:
             gamma = torch.empty(shape, dtype=torch.float32, device="meta")
         else:
-            in_storage = fold.add_dtype == "storage"
             with torch.no_grad():
-                gamma = families.fold(weight, fold.offset, in_storage_dtype=in_storage)
-            gamma = gamma.reshape(shape)
+                gamma = families.fold(weight, fold.offset).reshape(shape)
         attributes = module.__dict__
         attributes.update(
             origin=type(module),
@@ -145,9 +143,7 @@ class FoldedNorm(nn.Module):
         key = prefix + self.gain_name
         weight = state_dict.get(key)
         if isinstance(weight, Tensor) and weight.dim() == 1:
-            in_storage = self.fold.add_dtype == "storage"
-            gamma = families.fold(weight, self.fold.offset, in_storage_dtype=in_storage)
-            state_dict = {**state_dict, key: gamma.reshape(-1, 1)}
+            state_dict = {**state_dict, key: families.fold(weight, self.fold.offset)[:, None]}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

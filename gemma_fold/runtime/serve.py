@@ -77,11 +77,15 @@ def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[
             "the transformers server is not installed; install it with: "
             "pip install 'gemma-fold[transformers,serve]'"
         )
-    from transformers.cli.transformers import app
+    import typer
+    from transformers.cli.serve import Serve
 
     import gemma_fold.runtime.transformers  # noqa: F401  (teaches transformers the format)
 
-    command = ["serve", str(folder), "--host", host, "--port", str(port), *arguments]
+    # Its whole command line would import commands with dependencies that serving does not have.
+    app = typer.Typer(add_completion=False)
+    app.command(name="serve")(Serve)
+    command = [str(folder), "--host", host, "--port", str(port), *arguments]
     try:
         app(command, standalone_mode=False)
     except KeyboardInterrupt:

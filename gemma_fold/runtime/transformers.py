@@ -14,7 +14,6 @@ as an ordinary one: it can be trained, cast, moved, and quantized on load.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import os
@@ -31,12 +30,15 @@ from gemma_fold.runtime.checks import check_loaded, check_tensors, native_config
 
 MINIMUM = (5, 17)
 
-if importlib.util.find_spec("transformers") is None:
+try:
+    import transformers
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
     raise EnvironmentProblem(
         "transformers is not installed; install it with: pip install 'gemma-fold[transformers]'"
-    )
+    ) from None
 
-import transformers  # noqa: E402
 from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.utils import cached_file  # noqa: E402
