@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ import gemma_fold
 from gemma_fold.convert import convert
 from gemma_fold.diff import Limits, Options, Report, diff
 from gemma_fold.diff import outputs as statistics
-from gemma_fold.diff.engine import explaining_memory
+from gemma_fold.diff.engine import explaining_memory, running
 from gemma_fold.diff.norms import TensorClass
 from gemma_fold.diff.outputs import compare_rows, join, summarize
 from gemma_fold.diff.report import markdown, text, to_json
 from gemma_fold.diff.results import PERCENTILES, OutputStats, first_difference
+from gemma_fold.diff.sides import open_side
 from gemma_fold.diff.tokens import NothingInCommonError, split_windows
 from gemma_fold.errors import (
     CheckpointError,
@@ -427,6 +429,13 @@ def test_a_class_that_transformers_does_not_know(root: Path, tmp_path: Path) -> 
     (other / "config.json").write_text(json.dumps(config | {"architectures": ["Gemma99ForAll"]}))
     with pytest.raises(UnsupportedModelError, match="does not know Gemma99ForAll"):
         compare(other, other)
+
+
+def test_a_model_is_gone_before_the_next_one_is_loaded(root: Path) -> None:
+    with running(open_side(root / "folded"), "auto", torch.device("cpu")) as model:
+        alive = weakref.ref(model._model)
+        assert alive() is not None
+    assert model.dtype == "bfloat16" and alive() is None
 
 
 def test_running_out_of_memory_is_one_line() -> None:

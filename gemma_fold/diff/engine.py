@@ -45,7 +45,7 @@ class Model:
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model = model
         self._device = device
-        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.dtype = str(_dtype_of(model)).removeprefix("torch.")
         #: What makes a prompt of an encoder-decoder the text its decoder continues.
         self._decodes_apart = bool(getattr(model.config, "is_encoder_decoder", False))
 
@@ -83,6 +83,13 @@ class Model:
         start = 1 if self._decodes_apart else ids.shape[1]
         return tuple(int(i) for i in out[0, start:])
 
+    def close(self) -> None:
+        """Free the memory, whoever still holds this object."""
+        self._model = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _call(self, function: Callable[..., Any], **arguments: Any) -> Any:
         try:
             with torch.inference_mode():
@@ -106,14 +113,11 @@ def running(side: Side, dtype: str, device: torch.device) -> Iterator[Model]:
     memory runs out, during loading or later.
     """
     with explaining_memory(side.name, device):
-        model = _load(side, dtype, device)
+        model = Model(_load(side, dtype, device), device)
         try:
-            yield Model(model, device)
+            yield model
         finally:
-            del model
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            model.close()
 
 
 @contextmanager
@@ -185,6 +189,12 @@ def _without_progress_bars(transformers: Any) -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+def _dtype_of(model: Any) -> torch.dtype:
+    from gemma_fold.runtime.fold_model import weights_dtype
+
+    return weights_dtype(model)  # not that of a gamma
 
 
 def _torch_dtype(name: str) -> Any:

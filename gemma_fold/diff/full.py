@@ -43,7 +43,7 @@ class Settings:
     new_tokens: int
     noise_floor: bool = True
     save_logits: Path | None = None
-    logits: Path | None = None
+    logits: LogitsFile | None = None
 
 
 def compare_full(
@@ -57,8 +57,7 @@ def compare_full(
     progress.start(len(tokens.windows) * (1 if settings.logits else 2), 2)
     with tempfile.TemporaryDirectory(prefix="gemma-fold-diff-") as folder:
         if settings.logits is not None:
-            file = LogitsFile.open(settings.logits)
-            file.check(tokens=tokens.digest, model=fingerprint(a), dtype=settings.dtype)
+            file = settings.logits
         else:
             path = settings.save_logits or Path(folder) / "logits.safetensors"
             file = _run_a(a, tokens, settings, path, progress)
@@ -188,6 +187,17 @@ def continuation(
 def engine_name(model: Model, device: torch.device) -> str:
     """What ran a model, in words."""
     return f"transformers, {model.dtype} on {device}"
+
+
+def open_logits(path: Path, side: Side, tokens: Tokens, dtype: str) -> LogitsFile:
+    """The logits that `--save-logits` kept.
+
+    Raises CheckpointError where there are none, and UsageError where they are not those of `side`,
+    over these tokens, in this dtype.
+    """
+    file = LogitsFile.open(path)
+    file.check(tokens=tokens.digest, model=fingerprint(side), dtype=dtype)
+    return file
 
 
 def fingerprint(side: Side) -> str:

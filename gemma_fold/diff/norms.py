@@ -13,7 +13,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from gemma_fold.fold import Float32, decode, encode, fold, is_foldable_dtype
+from gemma_fold.fold import Float32, decode, encode, fold
 from gemma_fold.rules import Fold
 
 #: Buckets of the ulp histogram: 0, 1, 2-3, 4-7, ..., 2^31 and more.
@@ -82,11 +82,6 @@ class StoredNorm:
     def gain(self, rule: Fold) -> Float32:
         """The float32 number that multiplies x_hat."""
         return decode(self.raw, self.dtype) if self.gamma else fold(self.raw, self.dtype, rule)
-
-
-def can_compare(dtype: str) -> bool:
-    """Whether gains can be computed for a norm of this storage dtype."""
-    return is_foldable_dtype(dtype)
 
 
 def compare_norm(a: StoredNorm, b: StoredNorm, rule: Fold) -> tuple[TensorClass, str, NormStats]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from gemma_fold._version import __version__
+from gemma_fold.diff.endpoint import Endpoint, is_url
 from gemma_fold.diff.results import Outputs
 from gemma_fold.diff.sides import Side, open_headers, open_side
 from gemma_fold.diff.structure import compare_structure
@@ -20,8 +23,7 @@ from gemma_fold.diff.weights import compare_weights
 from gemma_fold.errors import CheckpointError, UnsupportedModelError, UsageError
 from gemma_fold.progress import Progress
 
-if TYPE_CHECKING:
-    from gemma_fold.diff.endpoint import Endpoint
+Result = TypeVar("Result")
 
 _SHOWN_PACKAGES = ("numpy", "safetensors")
 _SHOWN_FOR_OUTPUTS = ("torch", "transformers")
@@ -81,23 +83,32 @@ def diff(
     engines = _engines(a, b, options)
     _check(options, a, b, engines)
     open_one = open_headers if options.structure_only else open_side
-    sides = [None if _is_url(name) else open_one(name) for name in (a, b)]
+    sides = [None if is_url(name) else open_one(name) for name in (a, b)]
     notes = [f"{side.name}: {side.note}" for side in sides if side and side.note]
+    insists = not all(sides) or _asks_for_outputs(options)
+
+    def attempt(step: Callable[[], Result]) -> Result | None:
+        try:
+            return step()
+        except (NothingInCommonError, CheckpointError, UnsupportedModelError) as error:
+            if insists:
+                raise
+            notes.append(f"outputs were not compared: {error}")
+            return None
+
+    wanted = options.outputs is not False and not options.structure_only
+    if wanted and not insists and importlib.util.find_spec("transformers") is None:
+        notes.append("outputs were not compared: transformers is not installed")
+        wanted = False
+    # Before the weights are read, which may take long, so that bad options are told at once.
+    job = attempt(lambda: _plan_outputs(sides, engines, options)) if wanted else None
     structure = weights = outputs = None
     if sides[0] and sides[1]:
         structure = compare_structure(sides[0], sides[1])
         if not options.structure_only:
             weights = compare_weights(sides[0], sides[1], progress)
-    wanted = options.outputs is not False and not options.structure_only
-    if wanted and weights and not _asks_for_outputs(options) and not _has_transformers():
-        notes.append("outputs were not compared: transformers is not installed")
-    elif wanted:
-        try:
-            outputs = _compare_outputs(sides, engines, options, progress)
-        except (NothingInCommonError, CheckpointError, UnsupportedModelError) as error:
-            if weights is None or _asks_for_outputs(options):
-                raise
-            notes.append(f"outputs were not compared: {error}")
+    if job is not None:
+        outputs = attempt(partial(job, progress))
     return Report(
         a=_info(a, sides[0]),
         b=_info(b, sides[1]),
@@ -111,18 +122,10 @@ def diff(
     )
 
 
-def _is_url(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
-
-
 def _asks_for_outputs(options: Options) -> bool:
     """Whether they are wanted, rather than welcome: an option about them says so, too."""
     given = (options.outputs, options.engines, options.text, options.save_logits, options.logits)
     return any(given) or (options.dtype, options.device) != ("auto", "auto")
-
-
-def _has_transformers() -> bool:
-    return importlib.util.find_spec("transformers") is not None
 
 
 def _engines(a: str, b: str, options: Options) -> tuple[str, str]:
@@ -130,20 +133,20 @@ def _engines(a: str, b: str, options: Options) -> tuple[str, str]:
         raise UsageError("--engine is for both sides, or once for A and once for B: at most two")
     given = options.engines or ("transformers",)
     for engine in given:
-        if engine != "transformers" and not _is_url(engine):
+        if engine != "transformers" and not is_url(engine):
             raise UsageError(
                 f"--engine {engine} is unknown; use transformers, or the address of a server "
                 "such as http://127.0.0.1:8000"
             )
     first, second = given[0], given[-1]
-    return (a if _is_url(a) else first, b if _is_url(b) else second)
+    return (a if is_url(a) else first, b if is_url(b) else second)
 
 
 def _check(options: Options, a: str, b: str, engines: tuple[str, str]) -> None:
-    remote = any(map(_is_url, engines))
-    if options.structure_only and (options.outputs or _is_url(a) or _is_url(b)):
+    remote = any(map(is_url, engines))
+    if options.structure_only and (options.outputs or is_url(a) or is_url(b)):
         raise UsageError("--structure-only compares the headers of two checkpoints, nothing else")
-    if options.outputs is False and (_is_url(a) or _is_url(b)):
+    if options.outputs is False and (is_url(a) or is_url(b)):
         raise UsageError("a server can only be compared by its outputs; leave out --no-outputs")
     if remote and (options.save_logits or options.logits):
         raise UsageError("a server tells no logits; --save-logits and --logits need transformers")
@@ -164,19 +167,18 @@ def check_folder(path: Path | None, option: str) -> None:
         raise UsageError(f"{option} {path} is a folder; give a file name")
 
 
-def _compare_outputs(
-    sides: list[Side | None], engines: tuple[str, str], options: Options, progress: Progress
-) -> Outputs:
+def _plan_outputs(
+    sides: list[Side | None], engines: tuple[str, str], options: Options
+) -> Callable[[Progress], Outputs]:
     # Torch is imported from here on, and only here.
     from gemma_fold.diff.engine import DTYPES, import_transformers, pick_device
-    from gemma_fold.diff.full import Settings, compare_full
+    from gemma_fold.diff.full import Settings, compare_full, open_logits
     from gemma_fold.diff.tokens import make_tokens
     from gemma_fold.diff.top import compare_top
 
     if options.dtype not in DTYPES:
         raise UsageError(f"--dtype {options.dtype} is unknown; use one of {', '.join(DTYPES)}")
-    local = [None if _is_url(e) else side for e, side in zip(engines, sides, strict=True)]
-    if any(local):
+    if "transformers" in engines:
         import_transformers()
     settings = Settings(
         options.dtype,
@@ -184,24 +186,21 @@ def _compare_outputs(
         options.new_tokens,
         options.noise_floor,
         options.save_logits,
-        options.logits,
     )
     tokens = None
     if any(sides):
         tokens = make_tokens(sides[0], sides[1], options.text, options.context, options.prompts)
-    if local[0] and local[1] and tokens:
-        return compare_full(local[0], local[1], tokens, settings, progress)
     one, two = (
-        side if side is not None else _endpoint(engine, options.timeout)
-        for side, engine in zip(local, engines, strict=True)
+        Endpoint(engine, options.timeout) if is_url(engine) else side
+        for side, engine in zip(sides, engines, strict=True)
     )
-    return compare_top(one, two, tokens, options.text, options.prompts, settings, progress)
-
-
-def _endpoint(url: str, timeout: float) -> Endpoint:
-    from gemma_fold.diff.endpoint import Endpoint
-
-    return Endpoint(url, timeout)
+    if isinstance(one, Side) and isinstance(two, Side) and tokens:
+        if options.logits:
+            kept = open_logits(options.logits, one, tokens, options.dtype)
+            settings = replace(settings, logits=kept)
+        return partial(compare_full, one, two, tokens, settings)
+    assert one is not None and two is not None
+    return partial(compare_top, one, two, tokens, options.text, options.prompts, settings)
 
 
 def _info(name: str, side: Side | None) -> SideInfo:

@@ -184,13 +184,9 @@ def _bucket(index: int) -> str:
 
 
 def _power(value: int) -> str:
-    return (
-        str(value)
-        if value < 1024
-        else f"{value / 1024:.0f}k"
-        if value < 1 << 20
-        else (f"{value / (1 << 20):.0f}M")
-    )
+    if value < 1 << 10:
+        return str(value)
+    return f"{value / (1 << 10):.0f}k" if value < 1 << 20 else f"{value / (1 << 20):.0f}M"
 
 
 def _spread(values: Spread) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -62,7 +61,7 @@ def judge(
     if weights:
         reasons += _weight_reasons(weights, limits)
     if structure:
-        reasons += _structure_reasons(structure, weights, limits)
+        reasons += _structure_reasons(structure, weights)
     if outputs:
         reasons += _output_reasons(outputs, limits)
     if reasons:
@@ -77,31 +76,30 @@ def _is_tolerated(tensor: TensorDiff, limits: Limits) -> bool:
 
 
 def _weight_reasons(weights: Weights, limits: Limits) -> Iterator[str]:
-    wrong = [t for t in (*weights.norms, *weights.others) if not _is_tolerated(t, limits)]
-    remarks = Counter((t.found, t.remark if t.norm else "") for t in wrong)
-    for (found, remark), count in remarks.most_common():
-        tensors = [t for t in wrong if t.found is found and (t.remark if t.norm else "") == remark]
-        norms = [t.norm for t in tensors if t.norm]
-        kind = "norm" if norms else "other tensor"
-        text = (
-            f"{count} {kind}{'s are' if count != 1 else ' is'} {_PHRASES.get(found, found.value)}"
-        )
-        if remark:
-            text += f" ({remark})"
-        if found is TensorClass.ROUNDED_FOLD:
-            changed, elements = (sum(getattr(n, k) for n in norms) for k in ("changed", "elements"))
-            ulp = max(n.max_ulp for n in norms)
-            text += f": {changed:,} of {elements:,} weights differ, by up to {ulp:,} ulp"
-        elif not norms and tensors[0].remark:
-            text += f" ({tensors[0].name}: {tensors[0].remark})"
-        elif not norms:
-            text += f" ({tensors[0].name}: {tensors[0].changed:,} values)"
-        yield text
+    groups: dict[tuple[TensorClass, str, bool], list[TensorDiff]] = {}
+    for tensor in (*weights.norms, *weights.others):
+        if not _is_tolerated(tensor, limits):
+            is_norm = tensor.norm is not None
+            key = (tensor.found, tensor.remark if is_norm else "", is_norm)
+            groups.setdefault(key, []).append(tensor)
+    for (found, remark, is_norm), tensors in sorted(groups.items(), key=lambda g: -len(g[1])):
+        kind = "norm" if is_norm else "other tensor"
+        are = "s are" if len(tensors) != 1 else " is"
+        text = f"{len(tensors)} {kind}{are} {_PHRASES.get(found, found.value)}"
+        if not is_norm:
+            first = tensors[0]
+            remark = f"{first.name}: {first.remark or f'{first.changed:,} values'}"
+        yield f"{text} ({remark})" + (_extent(tensors) if found is TensorClass.ROUNDED_FOLD else "")
 
 
-def _structure_reasons(
-    structure: Structure, weights: Weights | None, limits: Limits
-) -> Iterator[str]:
+def _extent(tensors: list[TensorDiff]) -> str:
+    norms = [t.norm for t in tensors if t.norm]
+    changed, elements = sum(n.changed for n in norms), sum(n.elements for n in norms)
+    ulp = max(n.max_ulp for n in norms)
+    return f": {changed:,} of {elements:,} weights differ, by up to {ulp:,} ulp"
+
+
+def _structure_reasons(structure: Structure, weights: Weights | None) -> Iterator[str]:
     for side, names in (("A", structure.only_in_a), ("B", structure.only_in_b)):
         if names:
             yield f"{len(names)} tensor{'s'[: len(names) != 1]} only in {side} ({names[0]})"
@@ -157,10 +155,8 @@ def _assurances(
         yield f"headers and configs of {structure.tensors} tensors agree; no weights were read"
     if outputs is None:
         return
-    stats, what = (
-        outputs.stats,
-        "logits" if outputs.stats.vocabulary else f"top {outputs.stats.top_k}",
-    )
+    stats = outputs.stats
+    what = "logits" if stats.vocabulary else f"top {stats.top_k}"
     if stats.identical:
         yield f"{what} identical at {stats.positions:,} positions"
     elif limits.max_kl is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_fold.checkpoint.header import ITEMSIZE, TensorEntry
-from gemma_fold.diff.norms import NormStats, StoredNorm, TensorClass, can_compare, compare_norm
+from gemma_fold.diff.norms import NormStats, StoredNorm, TensorClass, compare_norm
 from gemma_fold.diff.sides import Side
 from gemma_fold.errors import CheckpointError
 from gemma_fold.fold import decode, is_foldable_dtype
@@ -180,8 +180,8 @@ def _is_comparable_norm(a: _View, b: _View) -> bool:
     return (
         len(lengths) == 1
         and all(v.entry.shape[1:] in ((), (1,)) for v in (a, b))
-        and can_compare(a.entry.dtype)
-        and can_compare(b.entry.dtype)
+        and is_foldable_dtype(a.entry.dtype)
+        and is_foldable_dtype(b.entry.dtype)
     )
 
 
