@@ -3,8 +3,7 @@
     python benchmarks/norms.py --out benchmarks/results/norms_h200.json
 
 Needs a CUDA GPU. Every implementation of one operator and shape is captured into a CUDA graph of
-many calls over rotating buffers (together larger than twice the L2 where a graph's calls can be;
-a decode step's rows stay in L2, as they do in a model), and the graphs are replayed in turn, round
+many calls over rotating buffers (see ``rotation``), and the graphs are replayed in turn, round
 after round; the figure is the median time of a call. Buffers are drawn afresh and every result is
 checked against float64 before anything is timed. One process per hidden size: all compile at once,
 then they take turns on the GPU.
@@ -41,19 +40,25 @@ HIDDEN = (640, 1152, 2560, 3840, 4096, 5376, 8192)
 QK_HEADS = ((32, 16, 128), (4, 1, 256))
 EAGER_HIDDEN = 5376
 ROUNDS = 15
+MOST_CALLS = 512
+# (tokens up to, calls): enough to dwarf a graph launch, few enough to keep large shapes in memory.
+FEWEST_CALLS = ((64, 60), (256, 40), (1024, 24), (4096, 12), (2**31, 6))
 Graphs = dict[str, torch.cuda.CUDAGraph]
 
 
-def calls_per_graph(tokens: int) -> int:
-    """Enough calls to dwarf one graph launch, few enough to keep large shapes in memory."""
-    return next(n for limit, n in ((64, 60), (256, 40), (1024, 24), (4096, 12), (2**31, 6))
-                if tokens <= limit)  # fmt: skip
+def rotation(op: str, tokens: int, hidden: int) -> tuple[int, int]:
+    """Buffer sets, and calls in one graph, which go round the sets.
 
-
-def buffer_sets(op: str, tokens: int, hidden: int) -> int:
+    What is read is twice the L2 in all, so that nothing is still there when its turn comes again;
+    peers that work in place have no less. Where that would take too many calls, everything stays
+    well inside the L2 for everyone instead, as the rows of a decode step do in a model.
+    """
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    moved = tokens * hidden * sum(peers.BYTES[op])
-    return max(2, min(calls_per_graph(tokens), 2 * l2 // moved + 1))
+    read, written = (tokens * hidden * size for size in peers.BYTES[op])
+    sets = 2 * l2 // read + 2
+    if sets > MOST_CALLS:
+        sets = max(2, min(FEWEST_CALLS[0][1], l2 // 4 // (read + written)))
+    return sets, max(sets, next(calls for limit, calls in FEWEST_CALLS if tokens <= limit))
 
 
 def capture(call: peers.Call, calls: int, sets: int) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -143,8 +148,7 @@ def drop_failing(calls: dict[str, peers.Call]) -> dict[str, peers.Call]:
     return working
 
 
-def measure(calls: dict[str, peers.Call], tokens: int, sets: int, rounds: int) -> dict[str, float]:
-    n = calls_per_graph(tokens)
+def measure(calls: dict[str, peers.Call], n: int, sets: int, rounds: int) -> dict[str, float]:
     captured = {name: capture(call, n, sets) for name, call in calls.items()}
     return time_interleaved({name: graph for name, (graph, _) in captured.items()}, n, rounds)
 
@@ -207,11 +211,11 @@ def prepare_rows(hidden: int, wanted: list[str], modules: dict[str, Any]) -> Cal
         rows = []
         for op in wanted:
             for tokens in tokens_list:
-                sets = buffer_sets(op, tokens, hidden)
+                sets, n = rotation(op, tokens, hidden)
                 b = peers.make_buffers(tokens, hidden, sets, weight)
                 calls = {"copy": peers.copy(op, tokens, hidden, sets)}
                 calls |= drop_failing(row_calls(op, b, modules))
-                for name, us in measure(calls, tokens, sets, rounds).items():
+                for name, us in measure(calls, n, sets, rounds).items():
                     rows.append(
                         {"op": op, "tokens": tokens, "hidden": hidden, "impl": name, "us": us}
                     )
@@ -227,10 +231,10 @@ def prepare_qk(heads: tuple[int, int, int], modules: dict[str, Any]) -> Callable
     def run(tokens_list: list[int], rounds: int) -> list[dict[str, Any]]:
         rows = []
         for tokens in tokens_list:
-            sets = buffer_sets("qk_rms_norm", tokens, hidden)
+            sets, n = rotation("qk_rms_norm", tokens, hidden)
             calls = {"copy": peers.copy("qk_rms_norm", tokens, hidden, sets)}
             calls |= drop_failing(qk_calls(heads, tokens, sets, modules))
-            for name, us in measure(calls, tokens, sets, rounds).items():
+            for name, us in measure(calls, n, sets, rounds).items():
                 row = {"op": "qk_rms_norm", "tokens": tokens, "hidden": hidden, "impl": name}
                 rows.append({**row, "us": us})
         return rows

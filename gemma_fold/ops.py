@@ -117,9 +117,12 @@ def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: flo
     ):
         raise ValueError("qk_rms_norm works in place and has no backward; use rms_norm to train")
     if _eager(q):
-        dispatch.qk_rms_norm(q, k, q_gamma, k_gamma, eps)
+        dispatch.qk_rms_norm_(q, k, q_gamma, k_gamma, eps)
     else:
-        _ops.qk_rms_norm(q, k, q_gamma, k_gamma, eps)
+        # Inductor can lose the offset of a view that a traced operator mutates; copies it fuses.
+        q_normed, k_normed = _ops.qk_rms_norm(q, k, q_gamma, k_gamma, eps)
+        q.copy_(q_normed)
+        k.copy_(k_normed)
 
 
 def rms_norm_fp8(

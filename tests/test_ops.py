@@ -83,7 +83,8 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(table.add_rms_norm, (x, residual, gain, EPS))
     torch.library.opcheck(table.rms_norm_add_rms_norm, (x, residual, gain, gain, EPS, EPS))
     q, k = heads[:, :4].clone(), heads[:, 4:].clone()
-    torch.library.opcheck(table.qk_rms_norm, (q, k, gain, gain, EPS))
+    torch.library.opcheck(table.qk_rms_norm, (heads[:, :4], heads[:, 4:], gain, gain, EPS))
+    torch.library.opcheck(table.qk_rms_norm_, (q, k, gain, gain, EPS))
     for scale in (None, torch.ones(1)):
         torch.library.opcheck(table.rms_norm_fp8, (x, gain, EPS, scale))
         torch.library.opcheck(table.add_rms_norm_fp8, (x, residual, gain, EPS, scale))
@@ -102,7 +103,9 @@ def test_traces_without_graph_breaks_or_recompilation() -> None:
 
     def layer(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
         y, total = ops.rms_norm_add_rms_norm(x, residual, gain, gain)
-        return ops.rms_norm(y, gain), total, *ops.add_rms_norm_fp8(x, residual, gain)
+        q, k = (y * 1).view(-1, 4, 16).split([3, 1], dim=1)
+        ops.qk_rms_norm(q, k, gain[:16], gain[16:32])
+        return ops.rms_norm(y, gain), total, q, k, *ops.add_rms_norm_fp8(x, residual, gain)
 
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=count)

@@ -39,8 +39,7 @@ def add_rms_norm_kernel(
     residual = R.load(residual_ptr, wide * (residual_step * UNIT), live, H, CHUNK, M)
     if not GAMMA_LATE:
         gamma = R.load(gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
-    if FENCE and NVIDIA:
-        R.fence()
+    R.fence(FENCE, PDL)
     total = R.add(residual, x, dtype)
     R.store(total_ptr, wide * H, live, total, H, CHUNK, M)
     rstd = R.inverse_rms(total, eps, H, dtype)

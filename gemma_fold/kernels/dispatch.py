@@ -160,10 +160,26 @@ def rms_norm_add_rms_norm(
     return y, total
 
 
-def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float) -> None:
+def qk_rms_norm(
+    q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    key = ("qk_rms_norm", *_facts(q), *_facts(k), *_facts(q_gamma), *_facts(k_gamma))
+    plan = _plans.get(key)
+    if plan is None:
+        check_qk(q, k, q_gamma, k_gamma)
+        if _reference_runs(q):
+            normed = reference.rms_norm(q, q_gamma, eps), reference.rms_norm(k, k_gamma, eps)
+            return normed[0].contiguous(), normed[1].contiguous()
+        plan = _remember(key, _launch().plan_qk_rms_norm(q, k, False))
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    plan((q, k, q_out, k_out, q_gamma, k_gamma), (eps,))
+    return q_out, k_out
+
+
+def qk_rms_norm_(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float) -> None:
     # Where k lies relative to q decides whether they overlap; separate tensors are checked anew.
     apart = k.data_ptr() - q.data_ptr()
-    key = ("qk_rms_norm", apart, *_facts(q), *_facts(k), *_facts(q_gamma), *_facts(k_gamma))
+    key = ("qk_rms_norm_", apart, *_facts(q), *_facts(k), *_facts(q_gamma), *_facts(k_gamma))
     plan = _plans.get(key)
     if plan is None:
         check_qk(q, k, q_gamma, k_gamma)
@@ -171,8 +187,8 @@ def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: flo
         if _reference_runs(q):
             reference.qk_rms_norm(q, k, q_gamma, k_gamma, eps)
             return
-        plan = _remember(key, _launch().plan_qk_rms_norm(q, k))
-    plan((q, k, q_gamma, k_gamma), (eps,))
+        plan = _remember(key, _launch().plan_qk_rms_norm(q, k, True))
+    plan((q, k, q, k, q_gamma, k_gamma), (eps,))
 
 
 def rms_norm_fp8(x: Tensor, gamma: Tensor, eps: float, scale: Tensor | None) -> Fp8Pair:

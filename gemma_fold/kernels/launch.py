@@ -178,13 +178,13 @@ def plan_rms_norm_add_rms_norm(x: Tensor, residual: Tensor, fp8: str | None = No
     return _plan_rows(rms_norm_add_rms_norm_kernel, "rms_norm_add_rms_norm", x, strides, fp8)
 
 
-def plan_qk_rms_norm(q: Tensor, k: Tensor) -> Plan:
-    """Called with ``(q, k, q_gamma, k_gamma), (eps,)``; works in place."""
+def plan_qk_rms_norm(q: Tensor, k: Tensor, in_place: bool) -> Plan:
+    """Called with ``(q, k, q_out, k_out, q_gamma, k_gamma), (eps,)``; outputs dense or in place."""
     hidden, itemsize = q.shape[-1], q.element_size()
     rows = _row_count(q.numel() + k.numel(), hidden)
-    unit, steps = _steps(
-        q, (token_stride(q, "q"), token_stride(k, "k"), q.stride(-2), k.stride(-2))
-    )
+    strides = (token_stride(q, "q"), token_stride(k, "k"), q.stride(-2), k.stride(-2))
+    dense = (q.shape[-2] * hidden, k.shape[-2] * hidden, hidden, hidden)
+    unit, steps = _steps(q, strides + (strides if in_place else dense))
     block = max(triton.next_power_of_2(hidden), 16 // itemsize)
     # 32 bytes a thread with 4 warps: enough in flight, and several programs for one token.
     together = max(1, 4096 // (block * itemsize))

@@ -74,7 +74,14 @@ def _fake_sandwich(
     return _like(x), _like(x)
 
 
-def _fake_qk(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float) -> None:
+def _fake_qk(
+    q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    dispatch.check_qk(q, k, q_gamma, k_gamma)
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _fake_qk_in_place(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float) -> None:
     dispatch.check_qk(q, k, q_gamma, k_gamma)
 
 
@@ -108,7 +115,6 @@ _ADD = "Tensor x, Tensor residual, Tensor gamma, float eps"
 _SANDWICH = (
     "Tensor x, Tensor residual, Tensor post_gamma, Tensor pre_gamma, float post_eps, float pre_eps"
 )
-_QK = "Tensor(a!) q, Tensor(b!) k, Tensor q_gamma, Tensor k_gamma, float eps"
 
 _define(f"rms_norm({_NORM}) -> Tensor", dispatch.rms_norm, _fake_rms_norm)
 _define(
@@ -122,7 +128,17 @@ _define(
     dispatch.rms_norm_add_rms_norm,
     _fake_sandwich,
 )
-_define(f"qk_rms_norm({_QK}) -> ()", dispatch.qk_rms_norm, _fake_qk)
+_define(
+    "qk_rms_norm(Tensor q, Tensor k, Tensor q_gamma, Tensor k_gamma, float eps)"
+    " -> (Tensor, Tensor)",
+    dispatch.qk_rms_norm,
+    _fake_qk,
+)
+_define(
+    "qk_rms_norm_(Tensor(a!) q, Tensor(b!) k, Tensor q_gamma, Tensor k_gamma, float eps) -> ()",
+    dispatch.qk_rms_norm_,
+    _fake_qk_in_place,
+)
 _define(
     f"rms_norm_fp8({_NORM}, Tensor? scale) -> (Tensor, Tensor)",
     _own_scale(dispatch.rms_norm_fp8),

@@ -35,8 +35,7 @@ def rms_norm_kernel(
     x = R.load(x_ptr, wide * (x_step * UNIT), live, H, CHUNK, M)
     if not GAMMA_LATE:
         gamma = R.load(gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
-    if FENCE and NVIDIA:
-        R.fence()
+    R.fence(FENCE, PDL)
     rstd = R.inverse_rms(x, eps, H, dtype)
     if GAMMA_LATE:
         gamma = R.load(gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)

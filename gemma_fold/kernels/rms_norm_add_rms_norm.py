@@ -42,8 +42,7 @@ def rms_norm_add_rms_norm_kernel(
     post_gamma = R.load(post_gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
     if not GAMMA_LATE:
         pre_gamma = R.load(pre_gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
-    if FENCE and NVIDIA:
-        R.fence()
+    R.fence(FENCE, PDL)
     normed = R.scale(x, R.inverse_rms(x, post_eps, H, dtype), post_gamma, dtype)
     total = R.add(residual, normed, dtype)
     R.store(total_ptr, wide * H, live, total, H, CHUNK, M)

@@ -38,9 +38,13 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def fence():
-    """Keeps the compiler from starting to compute before the last load above is issued. NVIDIA."""
-    tl.inline_asm_elementwise("// loads above $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+def fence(FENCE: tl.constexpr, PDL: tl.constexpr):
+    """Keeps the compiler from starting to compute before the last load above is issued.
+
+    Signalling the next kernel again changes nothing, and no instruction moves across it.
+    """
+    if FENCE and PDL != NO_PDL:
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from gemma_fold.kernels.rows import EARLY, LATE
 
 # (largest row in bytes, warps), in ascending order. One table for all operators, so that a fused
 # operator sums in the order of the operators it replaces and equals them bit for bit.
-_WARPS = ((1536, 1), (2560, 2), (8192, 4), (16384, 8))
+_WARPS = ((2560, 1), (8192, 4), (16384, 8))
 _MOST_WARPS = 16
 # Rows at which the programs of one kernel no longer fit on the GPU all at once.
 _MANY_ROWS = 512
@@ -47,13 +47,15 @@ def row_config(operator: str, fp8: bool, row_bytes: int, rows: int) -> RowConfig
     warps = warps_per_row(row_bytes)
     many = rows > _MANY_ROWS
     few = rows * row_bytes <= _FEW_BYTES
-    # Rows whose pieces miss 16-byte alignment are laid out by how many share a program.
-    share = many and row_bytes % 16 == 0
-    sandwich = operator == "rms_norm_add_rms_norm"
+    # Rows that miss 16-byte alignment are laid out by how many share a program: one does.
+    share = many and row_bytes % 16 == 0 and (operator == "rms_norm" or row_bytes <= 1536)
+    late = operator == "rms_norm_add_rms_norm" and 8192 < row_bytes <= 12288
+    if fp8 and rows > 2048 and row_bytes > 2560:
+        late = True
     return RowConfig(
         warps=warps,
         together=max(1, 4 // warps) if share else 1,
         pdl=LATE.value if row_bytes > 2560 and not (many or few) else EARLY.value,
         fence=warps == 1 or not few,
-        gamma_late=(fp8 and rows > 2048) or (sandwich and many and 8192 < row_bytes <= 12288),
+        gamma_late=many and late,
     )
