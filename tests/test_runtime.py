@@ -333,7 +333,7 @@ class TestWhatUsersDo:
             "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
         }  # fmt: skip
         model = original(source, device_map=device_map, offload_folder=tmp_path / "off")
-        with pytest.raises(gemma_fold.GemmaFoldError, match="before it is dispatched"):
+        with pytest.raises(gemma_fold.GemmaFoldError, match="offloading and tensor parallelism"):
             gemma_fold.fold_model(model)
 
     def test_compile_breaks_no_graph_and_does_not_recompile(self, folded: Path) -> None:
@@ -478,8 +478,40 @@ class TestTraining:
             unfold(tmp_path / "trained", tmp_path / "plain")
             assert torch.equal(logits(original(tmp_path / "plain")), logits(again))
 
+    def test_with_the_trainer(self, folded: Path, tmp_path: Path) -> None:
+        model = gemma_fold.load(folded, dtype=torch.float32)
+        before = gammas(model)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=1,
+            learning_rate=0.1, report_to=[], save_strategy="steps", save_steps=1, use_cpu=True,
+            weight_decay=0.1, disable_tqdm=True,
+        )  # fmt: skip
+        data = [{"input_ids": row, "labels": row} for row in IDS]
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+        decayed = trainer.get_decay_parameter_names(model)
+        assert not any("norm" in name for name in decayed)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "final"))
+        assert verify(tmp_path / "final").problems == ()
+        again = gemma_fold.load(tmp_path / "final")
+        assert not torch.equal(gammas(again)["model.norm"], before["model.norm"])
+        torch.testing.assert_close(logits(again), logits(model.eval()))
+        resumed = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+        torch.testing.assert_close(logits(model.eval()), logits(again))
+
 
 class TestSaving:
+    def test_an_offloaded_model(self, source: Path, folded: Path, tmp_path: Path) -> None:
+        device_map = {
+            "model.embed_tokens": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu",
+            "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk",
+        }  # fmt: skip
+        model = gemma_fold.load(folded, device_map=device_map, offload_folder=tmp_path / "off")
+        model.save_pretrained(tmp_path / "saved")
+        assert verify(tmp_path / "saved").problems == ()
+        assert torch.equal(logits(gemma_fold.load(tmp_path / "saved")), logits(original(source)))
+
     @pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["one", "shards"])
     def test_what_is_saved_is_format_1(
         self, folded: Path, tmp_path: Path, options: dict[str, Any]

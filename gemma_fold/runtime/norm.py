@@ -54,9 +54,9 @@ class FoldedNorm(nn.Module):
         assert weight is not None
         if "forward" in module.__dict__:
             raise UnsupportedModelError(
-                f"a {type(module).__name__} has had its forward replaced, as accelerate does to "
-                "offloaded models; fold the model before it is dispatched, or load a folded "
-                "checkpoint with device_map"
+                f"something replaced the forward of a {type(module).__name__}, as offloading and "
+                "tensor parallelism do; fold the model before that, or load a folded checkpoint "
+                "without tp_plan"
             )
         shape = (*weight.shape, 1) if locked else weight.shape
         if weight.is_meta:

@@ -40,7 +40,7 @@ from gemma_fold.runtime.norm import FoldedNorm
 
 _STORAGE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _UNSUPPORTED = {
-    "push_to_hub": "call model.push_to_hub(...), or save first and upload the folder",
+    "push_to_hub": "save first, then upload the folder",
     "distributed_checkpoint": "save without it",
     "variant": "save without it",
 }
