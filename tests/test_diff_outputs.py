@@ -141,11 +141,11 @@ def reference(a: np.ndarray, b: np.ndarray, targets: list[int]) -> dict[str, Any
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("work", [1 << 23, 300], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("work", [1 << 19, 300], ids=["at once", "in pieces"])
 def test_statistics_against_their_definitions(
     dtype: torch.dtype, work: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics, "_WORK", work)
+    monkeypatch.setattr(statistics, "_WORK_ON_CPU", work)
     generator = torch.Generator().manual_seed(0)
     a = (4 * torch.randn(37, 50, generator=generator)).to(dtype)
     b = (a.float() + 0.3 * torch.randn(37, 50, generator=generator)).to(dtype)

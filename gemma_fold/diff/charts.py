@@ -88,6 +88,7 @@ def kl_chart(outputs: Outputs) -> str | None:
         axes.set_xlabel("KL at a position, nats")
         axes.set_ylabel("positions, %")
         axes.yaxis.grid(True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.xaxis.set_major_formatter(lambda power, _: f"1e{power:.0f}")
         axes.legend(loc="upper left")
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from gemma_fold.diff.results import PERCENTILES, Distribution, Floats, OutputStats
 
 TOP_K = 10
-#: Elements a float64 work array may have: 64 MB, some six of which live at a time.
-_WORK = 1 << 23
+#: Elements a float64 work array may have, some six of which live at a time. 4 MB on the CPU, where
+#: larger ones are mapped and zeroed by the kernel each time; 64 MB elsewhere, to keep a GPU busy.
+_WORK_ON_CPU, _WORK = 1 << 19, 1 << 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def compare_rows(a: Tensor, b: Tensor, targets: Tensor, *, top_k: int = TOP_K) -
     a, b: [positions, vocabulary] of any float dtype, on one device. targets: int64 [positions], the
     token that follows, or -1 where none does. Memory stays bounded whatever the number of rows.
     """
-    step = max(1, _WORK // a.shape[1])
+    step = max(1, (_WORK_ON_CPU if a.device.type == "cpu" else _WORK) // a.shape[1])
     parts = [
         _compare(a[i : i + step], b[i : i + step], targets[i : i + step], top_k)
         for i in range(0, a.shape[0], step)
