@@ -333,7 +333,7 @@ class TestWhatUsersDo:
             "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
         }  # fmt: skip
         model = original(source, device_map=device_map, offload_folder=tmp_path / "off")
-        with pytest.raises(gemma_fold.GemmaFoldError, match="offloading and tensor parallelism"):
+        with pytest.raises(gemma_fold.GemmaFoldError, match="offloading and tensor"):
             gemma_fold.fold_model(model)
 
     def test_compile_breaks_no_graph_and_does_not_recompile(self, folded: Path) -> None:
@@ -362,6 +362,17 @@ class TestWhatUsersDo:
                 torch.testing.assert_close(
                     compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits
                 )
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_autocast(self, checkpoints: Path, family: str) -> None:
+        results = []
+        for model in (
+            original(checkpoints / family),
+            gemma_fold.load(checkpoints / f"{family}-folded"),
+        ):
+            with torch.autocast("cpu", torch.bfloat16):
+                results.append(logits(model.float()))
+        assert torch.equal(*results)
 
     def test_a_static_cache(self, source: Path, folded: Path) -> None:
         options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}

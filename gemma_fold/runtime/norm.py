@@ -52,11 +52,12 @@ class FoldedNorm(nn.Module):
         name = gain_name(module)
         weight = module._parameters[name]
         assert weight is not None
-        if "forward" in module.__dict__:
+        sharded = hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
+        if sharded or "forward" in module.__dict__:
             raise UnsupportedModelError(
-                f"something replaced the forward of a {type(module).__name__}, as offloading and "
-                "tensor parallelism do; fold the model before that, or load a folded checkpoint "
-                "without tp_plan"
+                f"a {type(module).__name__} was sharded or wrapped, as FSDP, DeepSpeed, offloading "
+                "and tensor parallelism do; fold the model before that, or load a folded "
+                "checkpoint without tp_plan"
             )
         shape = (*weight.shape, 1) if locked else weight.shape
         if weight.is_meta:
@@ -64,8 +65,7 @@ class FoldedNorm(nn.Module):
         else:
             with torch.no_grad():
                 gamma = families.fold(weight, fold.offset).reshape(shape)
-        attributes = module.__dict__
-        attributes.update(
+        module.__dict__.update(
             origin=type(module),
             fold=fold,
             gain_name=name,
