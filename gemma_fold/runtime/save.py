@@ -129,9 +129,10 @@ def _rules(
                 f"{checkpoint.root} was not saved as expected: {name} has shape {list(shape)}; "
                 "save without a state_dict of your own"
             )
-    plain = {name: shape[:1] if name in names else shape for name, shape in shapes.items()}
+    gains = set(names)
+    plain = {name: shape[:1] if name in gains else shape for name, shape in shapes.items()}
     rules = classify(config, plain).zero_centred()
-    for name in sorted(set(rules) ^ set(names)):
+    for name in sorted(set(rules) ^ gains):
         raise UnsupportedModelError(
             f"{name} is {'zero-centred' if name in rules else 'plain'} by the rules but "
             f"{'plain' if name in rules else 'folded'} in the model, so {checkpoint.root} is not a "
