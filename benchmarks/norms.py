@@ -263,6 +263,16 @@ def git_commit() -> str:
     return out.stdout.strip() or "unknown"
 
 
+def command(args: argparse.Namespace) -> str:
+    """What repeats this run from the repository's root, whatever folder it wrote to."""
+    parts = ["python benchmarks/norms.py --out", f"benchmarks/results/{args.out.name}"]
+    defaults = {"ops": list(peers.BYTES), "hidden": list(HIDDEN), "tokens": list(TOKENS)}
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            parts += [f"--{name}", *map(str, getattr(args, name))]
+    return " ".join(parts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -305,7 +315,7 @@ def main() -> int:
         "peers": peers.versions(),
         "commit": args.commit,
         "date": datetime.date.today().isoformat(),
-        "command": "python " + " ".join(["benchmarks/norms.py", *sys.argv[1:]]),
+        "command": command(args),
     }
     rows.sort(key=lambda r: (r["op"], r["hidden"], r["tokens"], r["impl"]))
     lines = ",\n".join(json.dumps(row) for row in rows)

@@ -196,6 +196,7 @@ def plan_qk_rms_norm(q: Tensor, k: Tensor, in_place: bool) -> Plan:
         "BLOCK": block,
         "M": together,
         "PDL": EARLY.value,
+        "IN_PLACE": in_place,
     }
     warps = min(16, max(4, block * itemsize // 1024))
     programs = -(-rows // together)

@@ -14,8 +14,8 @@ STEPS = ["q_step", "k_step", "q_head_step", "k_head_step"]
 def qk_rms_norm_kernel(
     q_ptr,  # [tokens, Q_HEADS, H] bf16/fp16/fp32; strides q_step * UNIT, q_head_step * UNIT, 1
     k_ptr,  # [tokens, K_HEADS, H] dtype of q; strides k_step * UNIT, k_head_step * UNIT, 1
-    q_out_ptr,  # as q, with strides out_q_step * UNIT, out_q_head_step * UNIT, 1; may be q
-    k_out_ptr,  # as k, with strides out_k_step * UNIT, out_k_head_step * UNIT, 1; may be k
+    q_out_ptr,  # as q, with strides out_q_step * UNIT, out_q_head_step * UNIT, 1
+    k_out_ptr,  # as k, with strides out_k_step * UNIT, out_k_head_step * UNIT, 1
     q_gamma_ptr,  # [H] fp32
     k_gamma_ptr,  # [H] fp32
     n_rows,  # tokens * (Q_HEADS + K_HEADS)
@@ -35,6 +35,7 @@ def qk_rms_norm_kernel(
     BLOCK: tl.constexpr,  # power of two >= H
     M: tl.constexpr,  # heads per program
     PDL: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
     rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
@@ -46,9 +47,12 @@ def qk_rms_norm_kernel(
     k_at = k_ptr + (token * k_step + (head - Q_HEADS) * k_head_step) * UNIT
     # Choosing a pointer, not a value: each head loads only its own row and its own gamma.
     at = tl.where(is_q, q_at, k_at) + cols
-    q_out_at = q_out_ptr + (token * out_q_step + head * out_q_head_step) * UNIT
-    k_out_at = k_out_ptr + (token * out_k_step + (head - Q_HEADS) * out_k_head_step) * UNIT
-    out_at = tl.where(is_q, q_out_at, k_out_at) + cols
+    if IN_PLACE:
+        out_at = at
+    else:
+        q_out_at = q_out_ptr + (token * out_q_step + head * out_q_head_step) * UNIT
+        k_out_at = k_out_ptr + (token * out_k_step + (head - Q_HEADS) * out_k_head_step) * UNIT
+        out_at = tl.where(is_q, q_out_at, k_out_at) + cols
     gamma_at = tl.where(is_q, q_gamma_ptr, k_gamma_ptr) + cols
     R.wait_for_previous(PDL)
     x = tl.load(at, mask=live, other=0.0).to(tl.float32)

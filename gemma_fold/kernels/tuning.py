@@ -49,13 +49,15 @@ def row_config(operator: str, fp8: bool, row_bytes: int, rows: int) -> RowConfig
     few = rows * row_bytes <= _FEW_BYTES
     # Rows that miss 16-byte alignment are laid out by how many share a program: one does.
     share = many and row_bytes % 16 == 0 and (operator == "rms_norm" or row_bytes <= 1536)
+    # Up to here a queue of early kernels would crowd onto a few SMs.
+    spread = _MANY_ROWS if row_bytes < 8192 else 128
     late = operator == "rms_norm_add_rms_norm" and 8192 < row_bytes <= 12288
     if fp8 and rows > 2048 and row_bytes > 2560:
         late = True
     return RowConfig(
         warps=warps,
         together=max(1, 4 // warps) if share else 1,
-        pdl=LATE.value if row_bytes > 2560 and not (many or few) else EARLY.value,
+        pdl=LATE.value if row_bytes > 2560 and 32 < rows <= spread else EARLY.value,
         fence=warps == 1 or not few,
         gamma_late=many and late,
     )
