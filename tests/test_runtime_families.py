@@ -124,3 +124,27 @@ def test_a_saved_model_is_a_folded_checkpoint(family: str, tmp_path: Path) -> No
     unfold(tmp_path / "saved", tmp_path / "plain")
     plain = aligned(type(model).from_pretrained(tmp_path / "plain"))
     assert_same(expected, outputs(plain, inputs))
+
+
+@DTYPES
+def test_the_real_270m(real_270m: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    import transformers
+
+    convert(real_270m, tmp_path / "folded")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "folded")
+    inputs = tokenizer(
+        "The capital of France is Paris. The capital of Italy is", return_tensors="pt"
+    )
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    original, folded = (
+        load(real_270m, dtype=dtype),
+        gemma_fold.load(tmp_path / "folded", dtype=dtype),
+    )
+    assert folded_norms(folded) == 109
+    assert_same(outputs(original, inputs), outputs(folded, inputs))
+    texts = [
+        tokenizer.decode(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0])
+        for model in (original, folded)
+    ]
+    assert texts[0] == texts[1]
+    assert "Rome" in texts[1]
