@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 OURS = "import sys; from gemma_fold.runtime.serve import serve; serve(sys.argv[1], port={port})"
 PLAIN = (
-    "import sys; from transformers.cli.transformers import app; "
-    "app(['serve', sys.argv[1], '--host', '127.0.0.1', '--port', '{port}'])"
+    "import sys, typer; from transformers.cli.serve import Serve; app = typer.Typer(); "
+    "app.command()(Serve); app([sys.argv[1], '--host', '127.0.0.1', '--port', '{port}'])"
 )
 
 
