@@ -1,14 +1,14 @@
 """Models on the Hugging Face Hub: headers without the weights, and whole downloads.
 
 Where to look and who is asking come from huggingface_hub's own settings: HF_ENDPOINT, HF_TOKEN,
-HF_HUB_OFFLINE, HF_HOME, HF_HUB_CACHE. The library is imported only when a Hub id is used.
+HF_HUB_OFFLINE, HF_HOME, HF_HUB_CACHE. The library, and whatever else costs start-up time, is
+imported only when a Hub id is used.
 """
 
 import errno
 import os
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,8 @@ def fetch_headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint
         EnvironmentProblem: the Hub cannot be reached, or does not let us in.
     """
     with _explained(repo_id, revision):
+        from concurrent.futures import ThreadPoolExecutor
+
         from huggingface_hub import HfApi
 
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
