@@ -48,7 +48,8 @@ FlashInfer and Liger cannot take fp32 gamma with bf16 activations, or not in the
 were given bf16 weights, their best case; quack took fp32 gamma. `torch.compile` is Inductor's
 kernel for the transformers forward with bf16 weights. `flashinfer` is its CuTe DSL backend (the
 default), `flashinfer-cuda` its CUDA C++ one. A name joined by `+` is two launches. `copy` is a
-device-to-device copy that moves as many bytes as the operator has to.
+device-to-device copy that moves as many bytes as the operator has to. For q and k heads, H is all
+of a token's heads: 6144 is 32 q and 16 k heads of 128, 1280 is 4 and 1 of 256.
 """
 MEANS = """
 `of copy` is the time of the copy over ours, at 4096 tokens and more: the lowest over all sizes.
@@ -232,7 +233,8 @@ def chapter(path: Path) -> list[str]:
 
 def sanitizer(path: Path) -> list[str]:
     data = json.loads(path.read_text())
-    lines = ["", f"## compute-sanitizer, {data['meta']['gpu']}", ""]
+    meta = data["meta"]
+    lines = ["", f"## compute-sanitizer, {meta['gpu']}, commit `{meta['commit'][:12]}`", ""]
     for run in data["runs"]:
         lines.append(f"- {run['tool']}: {run['calls']} calls, {'; '.join(run['summary'])}")
     return lines
