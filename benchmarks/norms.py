@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import norm_peers as peers  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+from graph_timing import capture, time_interleaved  # noqa: E402
 
 from gemma_fold import ops  # noqa: E402
 
@@ -43,7 +44,6 @@ ROUNDS = 15
 MOST_CALLS = 512
 # (tokens up to, calls): enough to dwarf a graph launch, few enough to keep large shapes in memory.
 FEWEST_CALLS = ((64, 60), (256, 40), (1024, 24), (4096, 12), (2**31, 6))
-Graphs = dict[str, torch.cuda.CUDAGraph]
 
 
 def rotation(op: str, tokens: int, hidden: int) -> tuple[int, int]:
@@ -59,32 +59,6 @@ def rotation(op: str, tokens: int, hidden: int) -> tuple[int, int]:
     if sets > MOST_CALLS:
         sets = max(2, min(FEWEST_CALLS[0][1], l2 // 4 // (read + written)))
     return sets, max(sets, next(calls for limit, calls in FEWEST_CALLS if tokens <= limit))
-
-
-def capture(call: peers.Call, calls: int, sets: int) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of ``calls`` calls; their outputs stay alive so that each has its own memory."""
-    for i in range(min(2, sets)):
-        call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call(i % sets) for i in range(calls)]
-    return graph, kept
-
-
-def time_interleaved(graphs: Graphs, calls: int, rounds: int) -> dict[str, float]:
-    """Median microseconds of one call, the graphs replayed in turn within each round."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for timed in [False] + [True] * rounds:
-        for name, graph in graphs.items():
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if timed:
-                times[name].append(start.elapsed_time(end) * 1000.0 / calls)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def row_calls(op: str, b: peers.Buffers, modules: dict[str, Any]) -> dict[str, peers.Call]:
