@@ -80,6 +80,8 @@ def test_operators_pass_opcheck() -> None:
         table.rms_norm, (x.clone().requires_grad_(), gain.clone().requires_grad_(), EPS)
     )
     torch.library.opcheck(table.rms_norm, (heads.transpose(0, 1), gain, EPS))
+    turned = heads.transpose(0, 1)
+    torch.library.opcheck(table.rms_norm_backward, (turned.clone(), turned, gain, EPS))
     torch.library.opcheck(table.add_rms_norm, (x, residual, gain, EPS))
     torch.library.opcheck(table.rms_norm_add_rms_norm, (x, residual, gain, gain, EPS, EPS))
     q, k = heads[:, :4].clone(), heads[:, 4:].clone()

@@ -116,7 +116,8 @@ def rms_norm_backward(grad: Tensor, x: Tensor, gamma: Tensor, eps: float) -> tup
     check_rms_norm(x, gamma)
     layout.check_same(grad, x, "grad")
     if _reference_runs(x):
-        return reference.rms_norm_backward(grad, x, gamma, eps)
+        dx, dgamma = reference.rms_norm_backward(grad, x, gamma, eps)
+        return dx.contiguous(), dgamma
     x, grad = x.contiguous(), grad.contiguous()
     plan = _launch().plan_rms_norm_backward(x, grad)
     dx = torch.empty_like(x)

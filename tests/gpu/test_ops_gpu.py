@@ -10,10 +10,10 @@ from torch import Tensor
 from gemma_fold import ops
 from gemma_fold.kernels import reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HIDDEN = (1, 7, 64, 100, 640, 641, 1152, 2560, 3840, 4096, 5376, 8192, 12000, 16384)
 EPS = 1e-6
