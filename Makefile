@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help venv demo test test-fast check docs lock clean
 
 help:
-	@echo "make demo   a real Gemma 3 270M: inspect, convert, verify, unfold"
+	@echo "make demo   a real Gemma 3 270M: inspect, convert, verify, unfold, generate, diff"
 	@echo "make test   every test this machine can run"
 	@echo "make check  ruff and mypy"
 

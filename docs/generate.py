@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,24 @@ def inspect_transcript() -> str:
     return f"```\n$ gemma-fold inspect {Path(MODEL).name}\n{result.stdout}```"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"inspect": inspect_transcript}
+def diff_transcript() -> str:
+    """What `gemma-fold diff` prints for it and its folded self, weights and outputs."""
+    name = Path(MODEL).name
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).symlink_to(ROOT / MODEL)
+        for arguments in (
+            ["convert", name, "-o", f"{name}-folded"],
+            ["diff", name, f"{name}-folded", "--no-outputs"],
+        ):
+            command = [sys.executable, "-m", "gemma_fold", *arguments]
+            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return f"```\n$ gemma-fold {' '.join(arguments)}\n{result.stdout}```"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "inspect": inspect_transcript,
+    "diff": diff_transcript,
+}
 
 
 def filled(text: str) -> str:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A real Gemma 3 270M, inspected, folded, verified and unfolded back to identical bytes.
+# A real Gemma 3 270M, inspected, folded, verified, unfolded back to identical bytes, loaded and
+# compared with the original.
 # `make demo` builds the model, puts the environment on PATH and runs this; results stay in .demo.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,3 +20,7 @@ for model in gemma-3-270m gemma-3-270m-sharded; do
     diff <(sums "$model/") <(sums "$model-again/")
     echo "sha256 of all $(sums "$model/" | wc -l) files: the same as the original's"
 done
+
+step python ../examples/load_folded.py gemma-3-270m-folded "The capital of France is"
+step gemma-fold diff gemma-3-270m gemma-3-270m-folded --html diff.html
+echo "the same as a page to look at: .demo/diff.html"

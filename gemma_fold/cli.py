@@ -31,6 +31,8 @@ def cli() -> None:
       gemma-fold convert gemma-3-270m -o gemma-3-270m-folded
       gemma-fold verify gemma-3-270m-folded --against gemma-3-270m
       gemma-fold unfold gemma-3-270m-folded -o gemma-3-270m-again
+      gemma-fold diff gemma-3-270m gemma-3-270m-folded
+      gemma-fold serve gemma-3-270m-folded
 
     \b
     Exit codes: 0 ok, 1 differs or check failed, 2 usage or bad input,
@@ -222,6 +224,35 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
     )
     if not found.verdict.same:
         sys.exit(1)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("folded")
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "vllm", "sglang", "transformers"]),
+    help="This release serves through transformers, which is what auto picks.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(
+    folded: str, engine: str, host: str, port: int, engine_arguments: tuple[str, ...]
+) -> None:
+    """Serve the FOLDED checkpoint, a folder or a Hub id, over an OpenAI-compatible API.
+
+    The checkpoint is checked first. Arguments after -- go to the engine's own server.
+
+    \b
+    Examples:
+      gemma-fold serve ./gemma-3-270m-folded
+      gemma-fold serve ./gemma-3-270m-folded --port 8080 -- --dtype float32
+    """
+    from gemma_fold.runtime.serve import serve as run
+
+    run(folded, engine, host, port, engine_arguments)
 
 
 def _print(as_json: bool, plain: Callable[[], Any], text: Callable[[], str]) -> None:

@@ -60,16 +60,14 @@ def _round_to_bf16(values: Float32) -> npt.NDArray[np.uint16]:
 
 
 def fold(raw: bytes, dtype: str, rule: Fold) -> Float32:
-    """The float32 gain that the reference forward applies for the stored weight `raw`.
+    """gamma = fl32(offset + w) of the stored weight `raw`: one float32 sum, whatever the family.
 
-    `rule.add_dtype` says where the reference adds: in float32, or in the storage dtype, in which
-    case the sum is rounded to `dtype` first (torch adds a scalar to a 16-bit tensor in float32 and
-    rounds once). NaN and infinity pass through as IEEE 754 says.
+    Where `rule.add_dtype` is storage, the reference rounds that sum to the dtype it computes in;
+    so does the folded norm when it is used, which keeps it right at every compute dtype. NaN and
+    infinity pass through as IEEE 754 says.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         gamma: Float32 = decode(raw, dtype) + np.float32(rule.offset)
-    if rule.add_dtype == "storage":
-        return decode(encode(gamma, dtype), dtype)
     return gamma
 
 

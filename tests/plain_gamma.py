@@ -30,8 +30,14 @@ def rms_norm(self: Any, x: Tensor) -> Tensor:
     return (x_hat.reshape(x.shape) * self.weight).to(x.dtype)
 
 
+def rms_norm_of_rounded_sum(self: Any, x: Tensor) -> Tensor:
+    wide = x.float()
+    x_hat = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+    return (x_hat * self.weight.to(x.dtype).float()).to(x.dtype)
+
+
 def layer_norm(self: Any, x: Tensor) -> Tensor:
-    # the sum was rounded to x's dtype before it was folded, so this loses nothing
+    # the reference adds in x's dtype
     gamma = self.weight.to(x.dtype)
     return F.layer_norm(x, self.normalized_shape, gamma, self.bias, self.eps)
 
@@ -53,6 +59,8 @@ def plain_semantics() -> Iterator[None]:
             if fact["verdict"] != "zero_centred":
                 continue
             forward = layer_norm if fact["kind"] == "layernorm" else rms_norm
+            if fact["kind"] == "rms" and fact["arithmetic_in_bf16"].startswith("bf16 add"):
+                forward = rms_norm_of_rounded_sum
             if fact["param"] == "gamma":
                 forward = layer_norm_then_scale
             patch.setattr(norm_class(name), "forward", forward)

@@ -128,7 +128,7 @@ def test_importing_the_package_is_light() -> None:
 
 def test_help_shows_examples_for_every_command() -> None:
     listing = run("--help").stdout
-    for command in ("inspect", "convert", "verify", "unfold"):
+    for command in ("inspect", "convert", "verify", "unfold", "diff", "serve"):
         assert command in listing
         assert "Example" in run(command, "--help").stdout
 

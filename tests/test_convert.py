@@ -137,6 +137,31 @@ def test_odd_sizes_stay_readable_by_torch(tmp_path: Path) -> None:
     assert tree(tmp_path / "back") == tree(source)
 
 
+@pytest.mark.parametrize("padding", [0, 8, 24])
+def test_weights_keep_their_alignment(padding: int, tmp_path: Path) -> None:
+    """What is memory-mapped at the same offset modulo 64 is summed in the same order."""
+    tensors = {name: np.resize(t, (64, *t.shape[1:])) for name, t in gemma3_tensors().items()}
+    source = write_checkpoint(tmp_path / "model", tensors)
+    path = source / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length] + b" " * padding
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+    convert(source, tmp_path / "out")
+    before, after = offsets(path), offsets(tmp_path / "out/model.safetensors")
+    assert any(before[name] != after[name] for name in before)
+    assert all(before[name] % 64 == after[name] % 64 for name in before)
+
+
+def offsets(path: Path) -> dict[str, int]:
+    """Where each tensor of a weight file begins."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__")
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+
+
 def _put_first(path: Path, first: str) -> None:
     """Rewrite a file with `first` at the start of the data section, as no library would."""
     raw = path.read_bytes()

@@ -484,7 +484,8 @@ class TestTraining:
         for name, gamma in gammas(again).items():
             # Within a last bit of w: the format holds only what 1 + w can be.
             torch.testing.assert_close(gamma, after[name], rtol=0, atol=2**-23)
-        torch.testing.assert_close(logits(again), logits(model))
+        # That bit grows on its way through the layers.
+        torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
         if dtype == torch.float32:  # in bf16 compute, the original rounds the trained w first
             unfold(tmp_path / "trained", tmp_path / "plain")
             assert torch.equal(logits(original(tmp_path / "plain")), logits(again))

@@ -12,6 +12,8 @@ from operator import attrgetter
 
 from gemma_fold.checkpoint.header import ITEMSIZE, Header, TensorEntry, render_header
 
+_ALIGNMENT = 64  # bytes; the widest vector registers there are
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -61,6 +63,10 @@ def replace_tensors(header: Header, replaced: Mapping[str, tuple[str, tuple[int,
         placed = _place(sorted(by_offset, key=lambda t: -ITEMSIZE[t.dtype]))
     tensors = {name: placed[name] for name in header.tensors}
     raw = render_header(tensors.values(), header.metadata)
+    # Vectorized code sums in an order that depends on the alignment of memory-mapped weights, so
+    # they keep theirs: norms are usually multiples of 64 bytes, and the header is made to follow.
+    if header.data_start % 8 == 0:
+        raw += b" " * ((header.data_start - 8 - len(raw)) % _ALIGNMENT)
     data_start = 8 + len(raw)
     size = data_start + max((t.end for t in placed.values()), default=0)
     kept = (name for name in header.tensors if name not in replaced)

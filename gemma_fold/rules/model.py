@@ -24,7 +24,8 @@ class Fold:
 
     norm: which norm gamma belongs to; `grouped_rms_norm` normalizes slices of the last dimension.
     offset: the number added to the stored weight.
-    add_dtype: where the reference adds. `storage` rounds the sum to the weight's own dtype.
+    add_dtype: where the reference adds. `storage`: in the dtype of the weight as the model runs, so
+    a folded norm rounds gamma to that dtype when it is used.
     mul_dtype: where the reference multiplies. `storage` rounds x_hat to x's dtype first.
     """
 
