@@ -192,6 +192,16 @@ def test_incomplete_repositories(hub: HubServer, model: Path, remove: str, says:
     assert says in message(error)
 
 
+@pytest.mark.parametrize("weight_map", [None, [], {"w": ["file"]}, {"w": "../model.safetensors"}])
+def test_an_index_that_makes_no_sense(hub: HubServer, model: Path, weight_map: object) -> None:
+    index = {} if weight_map is None else {"weight_map": weight_map}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub.add("org/name", model)
+    with pytest.raises(CheckpointError) as error:
+        fetch_headers("org/name")
+    assert "org/name: the weight index" in message(error)
+
+
 def test_a_repository_without_safetensors(hub: HubServer, model: Path) -> None:
     for name in shards(model):
         (model / name).unlink()

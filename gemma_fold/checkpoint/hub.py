@@ -213,13 +213,14 @@ def _check_complete(remote: RemoteCheckpoint) -> None:
         raise CheckpointError(
             f"{remote.repo_id} has no *.safetensors file; convert its weights to safetensors first"
         )
-    weight_map = (remote.index or {}).get("weight_map", {})
+    weight_map = {} if remote.index is None else remote.index.get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
             f"{remote.repo_id}: the weight index has no weight_map; tell its author"
         )
     for name, file in weight_map.items():
-        if file not in remote.headers or name not in remote.headers[file].tensors:
+        known = isinstance(file, str) and file in remote.headers
+        if not known or name not in remote.headers[file].tensors:
             raise CheckpointError(
                 f"{remote.repo_id}: the weight index says tensor {name} is in {file!r}, "
                 "but it is not there; tell its author"
