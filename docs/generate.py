@@ -12,8 +12,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import measured
+
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md",)
+DOCUMENTS = ("README.md", "docs/measurements.md")
 MODEL = ".cache/gemma-3-270m"
 
 
@@ -43,6 +45,10 @@ def diff_transcript() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "inspect": inspect_transcript,
     "diff": diff_transcript,
+    "decode": measured.decode,
+    "gpu_diff": measured.gpu_diff,
+    "gpu_floor": measured.gpu_floor,
+    "convert": measured.convert,
 }
 
 

@@ -14,7 +14,8 @@ DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("real_270m")
-def test_generated_blocks_are_up_to_date() -> None:
+def test_generated_blocks_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None and spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
