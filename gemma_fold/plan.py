@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_fold.checkpoint.hub import cached_sha256
-
 from gemma_fold.checkpoint.header import TensorEntry
+from gemma_fold.checkpoint.hub import cached_sha256
 from gemma_fold.checkpoint.layout import Layout, replace_tensors
 from gemma_fold.checkpoint.source import (
     CONFIG,

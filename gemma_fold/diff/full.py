@@ -29,8 +29,9 @@ from gemma_fold.diff.sides import Side
 from gemma_fold.diff.tokens import NothingInCommonError, Prompt, Tokens
 from gemma_fold.progress import Progress
 
-#: Tokens a window, and windows, of the batch that measures the noise floor.
-_FLOOR_LENGTH, _FLOOR_WINDOWS = 256, 8
+#: Tokens a window, and windows, of the batches that measure the noise floor. Two sizes, because
+#: matrix products often give the same bits at sizes for which the same kernel is chosen.
+_FLOOR_LENGTHS, _FLOOR_WINDOWS = (256, 32), 8
 _STEP = 128
 
 
@@ -146,9 +147,15 @@ def _compare_with_file(
 
 
 def _noise_floor(model: Model, file: LogitsFile, tokens: Tokens) -> tuple[Rows, str]:
-    """A against itself: the beginnings of all windows in one batch, instead of one by one."""
+    """A against itself at other batch sizes: the one at which it differs most."""
+    lengths = dict.fromkeys(min(n, len(tokens.windows[0])) for n in _FLOOR_LENGTHS)
+    found = [_in_one_batch(model, file, tokens, length) for length in lengths]
+    return max(found, key=lambda one: float(np.nan_to_num(one[0].kl_ab).mean()))
+
+
+def _in_one_batch(model: Model, file: LogitsFile, tokens: Tokens, kept: int) -> tuple[Rows, str]:
+    """The first `kept` tokens of all windows in one batch, against the windows one by one."""
     length = len(tokens.windows[0])
-    kept = min(length, _FLOOR_LENGTH)
     chosen = list(enumerate(tokens.windows))[:_FLOOR_WINDOWS]
     if len(chosen) == 1:
         chosen *= 2
