@@ -38,7 +38,7 @@ $(OLDEST)/.complete: pyproject.toml constraints-transformers-5.17.txt
 		-e '.[transformers,serve]' hypothesis ml_dtypes peft pytest
 	touch $@
 
-test: venv $(OLDEST)/.complete
+test: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
 	$(OLDEST)/bin/pytest -m "" tests/test_runtime*.py tests/test_unaware_loaders.py
 	$(BIN)/pytest -m ""
 
