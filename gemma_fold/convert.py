@@ -89,7 +89,7 @@ def convert(
         _copy_others(transfer, plan.checkpoint, staging.path)
         if plan.index is not None and checkpoint.index_name is not None:
             transfer.write(checkpoint.index_name, plan.index)
-        transfer.write(MANIFEST, plan.manifest.to_bytes())
+        transfer.write(MANIFEST, plan.manifest_raw)
         transfer.write(CONFIG, plan.config)
         progress.finish()
     return _report(plan, target, transfer.moved)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from gemma_fold.checkpoint.header import Header, parse_header
@@ -12,7 +11,6 @@ from gemma_fold.checkpoint.source import (
     CONFIG,
     MANIFEST,
     Checkpoint,
-    WeightFile,
     open_checkpoint,
 )
 from gemma_fold.errors import CheckpointError
@@ -44,18 +42,6 @@ def open_folded(folder: Path) -> tuple[Checkpoint, Manifest]:
                 f"{found}; fold the original again"
             )
     return checkpoint, manifest
-
-
-def read_tensor(file: WeightFile, name: str) -> bytes:
-    """The stored bytes of one tensor."""
-    entry = file.header.tensors[name]
-    with open(file.path, "rb", buffering=0) as stream:
-        raw = os.pread(
-            stream.fileno(), entry.end - entry.start, file.header.data_start + entry.start
-        )
-    if len(raw) != entry.end - entry.start:
-        raise CheckpointError(f"{file.path} shrank while it was read; let its writer finish")
-    return raw
 
 
 def restore(tensor: FoldedTensor, gamma: bytes) -> bytes:

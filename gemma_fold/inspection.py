@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_fold.checkpoint import hub
 from gemma_fold.checkpoint.header import TensorEntry
-from gemma_fold.checkpoint.source import Checkpoint, WeightFile, open_checkpoint
+from gemma_fold.checkpoint.source import Checkpoint, WeightFile, open_checkpoint, read_tensor
 from gemma_fold.fold import count_rounded, fold, is_foldable_dtype
 from gemma_fold.rules import Classification, Evidence, Fold, Kind, TensorRule, Verdict, classify
 
@@ -130,14 +130,11 @@ def _bf16_changes_of(
     file: WeightFile, chosen: Iterable[TensorEntry], rules: Mapping[str, TensorRule]
 ) -> dict[str, int]:
     changes = {}
-    with open(file.path, "rb", buffering=0) as stream:
-        for tensor in chosen:
-            rule = rules[tensor.name].fold
-            if rule is None or not is_foldable_dtype(tensor.dtype):
-                continue
-            offset = file.header.data_start + tensor.start
-            raw = os.pread(stream.fileno(), tensor.end - tensor.start, offset)
-            changes[tensor.name] = count_rounded(fold(raw, tensor.dtype, rule), "BF16")
+    for tensor in chosen:
+        rule = rules[tensor.name].fold
+        if rule is not None and is_foldable_dtype(tensor.dtype):
+            gamma = fold(read_tensor(file, tensor.name), tensor.dtype, rule)
+            changes[tensor.name] = count_rounded(gamma, "BF16")
     return changes
 
 

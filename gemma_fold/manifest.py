@@ -260,10 +260,15 @@ def base_config(folder: Path) -> dict[str, Any]:
         config = parse_json_object(path.read_bytes(), path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    block, base = config.get(MODEL_TYPE), config.get("base_config")
-    if config.get("model_type") != MODEL_TYPE or not isinstance(block, dict):
+    if config.get("model_type") != MODEL_TYPE or not isinstance(config.get(MODEL_TYPE), dict):
         raise CheckpointError(f"{path} does not carry the gemma_fold config; it was replaced")
-    check_format(block.get("format"), path)
+    return unwrap_config(config, path)
+
+
+def unwrap_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The original config inside a parsed folded one; CheckpointError names `where`."""
+    block, base = config.get(MODEL_TYPE), config.get("base_config")
+    check_format(block.get("format") if isinstance(block, dict) else None, where)
     if not isinstance(base, dict):
-        raise CheckpointError(f"{path} has lost its base_config; fold the original again")
+        raise CheckpointError(f"{where} has lost its base_config; fold the original again")
     return base

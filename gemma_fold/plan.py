@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from gemma_fold.checkpoint.header import TensorEntry
 from gemma_fold.checkpoint.hub import cached_sha256
@@ -18,7 +16,8 @@ from gemma_fold.checkpoint.source import (
     MANIFEST,
     Checkpoint,
     WeightFile,
-    parse_json_object,
+    read_tensor,
+    resized_index,
 )
 from gemma_fold.errors import AlreadyFoldedError, CheckpointError
 from gemma_fold.fold import count_non_finite, find_exceptions, fold, is_foldable_dtype
@@ -50,6 +49,7 @@ class Plan:
     checkpoint: Checkpoint
     classification: Classification
     manifest: Manifest
+    manifest_raw: bytes
     config: bytes
     index: bytes | None
     weights: tuple[WeightPlan, ...]
@@ -58,13 +58,13 @@ class Plan:
     @property
     def size(self) -> int:
         """Bytes that the folded checkpoint will occupy."""
-        texts = len(self.config) + len(self.index or b"") + len(self.manifest.to_bytes())
+        texts = len(self.config) + len(self.index or b"") + len(self.manifest_raw)
         others = sum(state.size for state in self.checkpoint.others.values())
         return sum(item.size for item in self.weights) + others + texts
 
     def digest(self) -> str:
         """Changes whenever anything about the source, the result or this version changes."""
-        digest = hashlib.sha256(self.manifest.to_bytes())
+        digest = hashlib.sha256(self.manifest_raw)
         digest.update(os.path.realpath(self.checkpoint.root).encode())
         states = {item.file.name: item.file.state for item in self.weights}
         states.update(self.checkpoint.others)
@@ -102,12 +102,14 @@ def plan_conversion(checkpoint: Checkpoint, *, tensor_lock: bool = True) -> Plan
         tensors=len(tensors),
         tensor_lock=tensor_lock,
     )
+    manifest = _manifest(checkpoint, classification, weights, tensors, tensor_lock=tensor_lock)
     return Plan(
         checkpoint=checkpoint,
         classification=classification,
-        manifest=_manifest(checkpoint, classification, weights, tensors, tensor_lock=tensor_lock),
+        manifest=manifest,
+        manifest_raw=manifest.to_bytes(),
         config=config,
-        index=_updated_index(checkpoint, growth),
+        index=resized_index(checkpoint, growth),
         weights=tuple(weights),
         warnings=tuple(_warnings(checkpoint, classification, tensors)),
     )
@@ -120,17 +122,13 @@ def _plan_file(
     if not chosen:
         return WeightPlan(file, None, {}), {}
     gammas, folded, forms = {}, {}, {}
-    with open(file.path, "rb", buffering=0) as stream:
-        for tensor in chosen:
-            _check_can_fold(tensor, file)
-            raw = os.pread(
-                stream.fileno(), tensor.end - tensor.start, file.header.data_start + tensor.start
-            )
-            gammas[tensor.name], folded[tensor.name] = _fold_tensor(
-                tensor, raw, rules[tensor.name], file.name
-            )
-            shape = (*tensor.shape, 1) if tensor_lock else tensor.shape
-            forms[tensor.name] = ("F32", shape)
+    for tensor in chosen:
+        _check_can_fold(tensor, file)
+        raw = read_tensor(file, tensor.name)
+        gammas[tensor.name], folded[tensor.name] = _fold_tensor(
+            tensor, raw, rules[tensor.name], file.name
+        )
+        forms[tensor.name] = ("F32", (*tensor.shape, 1) if tensor_lock else tensor.shape)
     return WeightPlan(file, replace_tensors(file.header, forms), gammas), folded
 
 
@@ -156,8 +154,6 @@ def _fold_tensor(
     tensor: TensorEntry, raw: bytes, rule: TensorRule, file: str
 ) -> tuple[bytes, FoldedTensor]:
     assert rule.fold is not None  # a zero-centred rule always carries its arithmetic
-    if len(raw) != tensor.end - tensor.start:
-        raise CheckpointError(f"{file} shrank while it was read; let its writer finish")
     gamma = fold(raw, tensor.dtype, rule.fold)
     return gamma.tobytes(), FoldedTensor(
         name=tensor.name,
@@ -191,17 +187,6 @@ def _weights_dtype(checkpoint: Checkpoint, rules: Mapping[str, TensorRule]) -> s
         if tensor.dtype in _TORCH_DTYPES and name not in rules:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.start
     return _TORCH_DTYPES[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
-
-
-def _updated_index(checkpoint: Checkpoint, growth: int) -> bytes | None:
-    """The same map with `total_size` corrected; a missing metadata block stays missing."""
-    if checkpoint.index_raw is None or checkpoint.index_name is None:
-        return None
-    index: dict[str, Any] = parse_json_object(checkpoint.index_raw, checkpoint.index_name)
-    metadata = index.get("metadata")
-    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int | float):
-        metadata["total_size"] += growth
-    return (json.dumps(index, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def _manifest(

@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 
 from gemma_fold.checkpoint.output import check_space, check_target, open_staging
-from gemma_fold.checkpoint.source import CONFIG, MANIFEST, WeightFile
+from gemma_fold.checkpoint.source import CONFIG, MANIFEST, WeightFile, read_tensor
 from gemma_fold.convert import Report
 from gemma_fold.folded import (
     open_folded,
     original_header,
-    read_tensor,
     restore,
     untouched_runs,
 )

@@ -15,6 +15,7 @@ from gemma_fold.checkpoint.source import (
     Checkpoint,
     WeightFile,
     parse_json_object,
+    read_tensor,
 )
 from gemma_fold.convert import load_source
 from gemma_fold.errors import CheckpointError
@@ -22,7 +23,6 @@ from gemma_fold.fold import fold
 from gemma_fold.folded import (
     open_folded,
     original_header,
-    read_tensor,
     restore,
     untouched_runs,
 )

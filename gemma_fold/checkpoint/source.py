@@ -145,6 +145,29 @@ def parse_json_object(raw: bytes, where: Path | str) -> dict[str, Any]:
     return value
 
 
+def read_tensor(file: WeightFile, name: str) -> bytes:
+    """The stored bytes of one tensor."""
+    entry = file.header.tensors[name]
+    with open(file.path, "rb", buffering=0) as stream:
+        raw = os.pread(
+            stream.fileno(), entry.end - entry.start, file.header.data_start + entry.start
+        )
+    if len(raw) != entry.end - entry.start:
+        raise CheckpointError(f"{file.path} shrank while it was read; let its writer finish")
+    return raw
+
+
+def resized_index(checkpoint: Checkpoint, growth: int) -> bytes | None:
+    """The weight index with `total_size` moved by `growth` bytes; None where there is no index."""
+    if checkpoint.index_raw is None or checkpoint.index_name is None:
+        return None
+    index = parse_json_object(checkpoint.index_raw, checkpoint.index_name)
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int | float):
+        metadata["total_size"] += growth
+    return (json.dumps(index, ensure_ascii=False, indent=2) + "\n").encode()
+
+
 def _origin_of(root: Path) -> Origin:
     resolved = root.absolute()
     match = _SNAPSHOT.search(resolved.as_posix())

@@ -12,8 +12,7 @@ from gemma_fold.checkpoint import hub
 from gemma_fold.checkpoint.header import Header, TensorEntry
 from gemma_fold.checkpoint.source import MANIFEST, Checkpoint
 from gemma_fold.convert import load_source
-from gemma_fold.errors import CheckpointError
-from gemma_fold.manifest import MODEL_TYPE, check_format
+from gemma_fold.manifest import MODEL_TYPE, unwrap_config
 from gemma_fold.rules import Fold, Verdict, classify
 
 
@@ -81,23 +80,14 @@ def _side(
     headers: Mapping[str, Header],
     files: Mapping[str, int],
 ) -> Side:
-    folded = config.get("model_type") == MODEL_TYPE or MANIFEST in files
-    base = _base_config(config, name)
+    marked = config.get("model_type") == MODEL_TYPE
+    folded = marked or MANIFEST in files
+    base = unwrap_config(config, Path(name)) if marked else config
     shapes = {t.name: _squeeze(t.shape) for h in headers.values() for t in h.tensors.values()}
     found = classify(base, shapes)
     folds = {n: rule.fold for n, rule in found.zero_centred().items() if rule.fold is not None}
     note = "" if folds or found.verdict is Verdict.FOLDABLE else found.reason
     return Side(name, commit, root, folded, base, headers, files, folds, note)
-
-
-def _base_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    if config.get("model_type") != MODEL_TYPE:
-        return config
-    block, base = config.get(MODEL_TYPE), config.get("base_config")
-    check_format(block.get("format") if isinstance(block, dict) else None, Path(name))
-    if not isinstance(base, dict):
-        raise CheckpointError(f"{name} has lost its base_config; fold the original again")
-    return base
 
 
 def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from gemma_fold.checkpoint.header import TensorEntry, read_header
 from gemma_fold.checkpoint.source import CONFIG, MANIFEST
 from gemma_fold.errors import CheckpointError
-from gemma_fold.manifest import MODEL_TYPE, Manifest, check_format
+from gemma_fold.manifest import MODEL_TYPE, Manifest, unwrap_config
 
 
 def native_config(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -20,11 +20,7 @@ def native_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     """
     if config.get("model_type") != MODEL_TYPE:
         return config
-    path = Path(where) / CONFIG
-    block, base = config.get(MODEL_TYPE), config.get("base_config")
-    check_format(block.get("format") if isinstance(block, dict) else None, path)
-    if not isinstance(base, dict):
-        raise CheckpointError(f"{path} has lost its base_config; fold the original again")
+    base = unwrap_config(config, Path(where) / CONFIG)
     # Loaders add keys of their own, such as the commit of a download.
     native = {**base, **{key: value for key, value in config.items() if key.startswith("_")}}
     if native.get("dtype") is None and native.get("torch_dtype") is None and "dtype" in config:

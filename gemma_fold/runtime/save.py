@@ -28,11 +28,11 @@ from gemma_fold.checkpoint.source import (
     Origin,
     WeightFile,
     open_checkpoint,
-    parse_json_object,
+    read_tensor,
+    resized_index,
 )
 from gemma_fold.errors import CheckpointError, UnsupportedModelError, UsageError
 from gemma_fold.fold import decode, fold, unfold
-from gemma_fold.folded import read_tensor
 from gemma_fold.manifest import FoldedTensor, Manifest, SourceFile, folded_config
 from gemma_fold.rules import TensorRule, classify
 from gemma_fold.runtime.fold_model import weights_dtype
@@ -95,7 +95,8 @@ def _complete(folder: Path, names: list[str], dtype: torch.dtype) -> None:
         files[file.name] = SourceFile(file.name, plain.size, header=plain.header.decode())
         growth += file.state.size - file.header.data_start - (plain.size - plain.data_start)
     config = json.dumps(base, ensure_ascii=False, indent=2) + "\n"
-    index = _plain_index(checkpoint, growth)
+    plain_index = resized_index(checkpoint, -growth)
+    index = None if plain_index is None else plain_index.decode()
     for name, text in ((CONFIG, config), (checkpoint.index_name, index)):
         if name is not None and text is not None:
             raw = text.encode()
@@ -171,17 +172,6 @@ def _describe(file: WeightFile, name: str, rule: TensorRule, storage: str) -> Fo
         dtype=dtype,
         sha256=hashlib.sha256(raw).hexdigest(),
     )
-
-
-def _plain_index(checkpoint: Checkpoint, growth: int) -> str | None:
-    """The index that unfolded weights would have; it differs in its total size."""
-    if checkpoint.index_raw is None or checkpoint.index_name is None:
-        return None
-    index = parse_json_object(checkpoint.index_raw, checkpoint.index_name)
-    metadata = index.get("metadata")
-    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
-        metadata["total_size"] -= growth
-    return json.dumps(index, ensure_ascii=False, indent=2) + "\n"
 
 
 def _replace(path: Path, content: bytes) -> None:
