@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from gemma_fold.checkpoint.header import Header, parse_header
@@ -31,17 +32,22 @@ def open_folded(folder: Path) -> tuple[Checkpoint, Manifest]:
     for name in manifest.files:
         if name not in present:
             raise CheckpointError(f"{folder / name} is missing; fold the original again")
+    check_gammas(manifest, {name: file.header for name, file in files.items()}, folder)
+    return checkpoint, manifest
+
+
+def check_gammas(manifest: Manifest, headers: Mapping[str, Header], folder: Path) -> None:
+    """CheckpointError unless each tensor that `manifest` calls folded is, by the files' headers."""
     for tensor in manifest.tensors.values():
-        file_entry = files.get(tensor.file)
-        entry = file_entry.header.tensors.get(tensor.name) if file_entry else None
+        header = headers.get(tensor.file)
+        entry = header.tensors.get(tensor.name) if header else None
         shape = (*tensor.shape, 1) if manifest.tensor_lock else tensor.shape
         if entry is None or entry.dtype != "F32" or entry.shape != shape:
             found = "absent" if entry is None else f"{entry.dtype} {list(entry.shape)}"
             raise CheckpointError(
-                f"{tensor.name} in {folder / tensor.file} should be F32 {list(shape)} but is "
-                f"{found}; fold the original again"
+                f"{tensor.name} in {folder / tensor.file} should be F32 {list(shape)} as "
+                f"{MANIFEST} says, but is {found}; fold the original again"
             )
-    return checkpoint, manifest
 
 
 def restore(tensor: FoldedTensor, gamma: bytes) -> bytes:

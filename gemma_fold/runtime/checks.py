@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_fold.checkpoint.header import TensorEntry, read_header
 from gemma_fold.checkpoint.source import CONFIG, MANIFEST
 from gemma_fold.errors import CheckpointError
-from gemma_fold.manifest import MODEL_TYPE, Manifest, unwrap_config
+from gemma_fold.manifest import MODEL_TYPE, unwrap_config
 
 
 def native_config(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -26,20 +25,6 @@ def native_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     if native.get("dtype") is None and native.get("torch_dtype") is None and "dtype" in config:
         native["dtype"] = config["dtype"]
     return native
-
-
-def check_tensors(manifest: Manifest, files: Iterable[Path], folder: Path) -> None:
-    """CheckpointError unless each tensor that `manifest` calls folded is, in one of `files`."""
-    headers = {path.name: read_header(path) for path in files}
-    for tensor in manifest.tensors.values():
-        header = headers.get(tensor.file)
-        entry = header.tensors.get(tensor.name) if header else None
-        shape = (*tensor.shape, 1) if manifest.tensor_lock else tensor.shape
-        if entry is None or entry.dtype != "F32" or entry.shape != shape:
-            raise CheckpointError(
-                f"{tensor.name} in {folder} should be F32 {list(shape)} as {MANIFEST} says, but is "
-                f"{_found(entry)}; fold the original again"
-            )
 
 
 def check_loaded(
@@ -67,7 +52,3 @@ def check_loaded(
             f"the model has {len(gains)} zero-centred norms but {folder / MANIFEST} lists "
             f"{folded}; fold the original again with this version of gemma-fold"
         )
-
-
-def _found(entry: TensorEntry | None) -> str:
-    return "absent" if entry is None else f"{entry.dtype} {list(entry.shape)}"

@@ -22,11 +22,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from gemma_fold.checkpoint.header import read_header
 from gemma_fold.checkpoint.hub import looks_like_hub_id, parse_hub_id
 from gemma_fold.checkpoint.source import CONFIG, MANIFEST
 from gemma_fold.errors import CheckpointError, EnvironmentProblem, UnsupportedModelError
+from gemma_fold.folded import check_gammas
 from gemma_fold.manifest import MODEL_TYPE, read_manifest
-from gemma_fold.runtime.checks import check_loaded, check_tensors, native_config
+from gemma_fold.runtime.checks import check_loaded, native_config
 
 MINIMUM = (5, 17)
 
@@ -143,7 +145,8 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
         if folder is None:
             return go_on()
         manifest = read_manifest(folder)
-        check_tensors(manifest, map(Path, checkpoint_files), folder)
+        headers = {Path(file).name: read_header(Path(file)) for file in checkpoint_files}
+        check_gammas(manifest, headers, folder)
         norms = adopt_norms(model, locked=manifest.tensor_lock)
         info, offloaded = go_on()
         check_loaded(
