@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import CONFIG, HIDDEN, gemma3_tensors, tree, write_checkpoint
+from commands import run
 from safetensors.numpy import save_file
 
 Damage = Callable[[Path], None]
-
-
-def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The command line as a user runs it."""
-    command = [sys.executable, "-m", "gemma_fold", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 def assert_refused(source: Path, out: Path, exit_code: int, message: str, *options: str) -> None:

@@ -6,27 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import CONFIG, gemma3_tensors, read_tensors, tree, write_checkpoint
+from commands import run
 from hubserver import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def run(
-    *arguments: str | Path, command: tuple[str, ...] = ("-m", "gemma_fold"), **options: Any
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        **options,
-    )
 
 
 def test_the_whole_way_there_and_back(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import CONFIG, HIDDEN, gemma3_tensors, is_norm, read_tensors, write_checkpoint
+from commands import run
 from hubserver import HubServer
 from safetensors.numpy import save_file
 
@@ -454,11 +455,6 @@ def test_html_is_one_file_that_fetches_nothing(
     words = " ".join(page.words)
     assert "Differs" in words and "19 norms are folded with rounding" in words
     assert str(rounded) in words  # as text, not as markup
-
-
-def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gemma_fold", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 def test_the_command_and_its_exit_codes(original: Path, folded: Path, tmp_path: Path) -> None:
