@@ -24,22 +24,52 @@ def _multiply(a, b, dtype: tl.constexpr, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def _partner(x, cols, H2: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
-             INTERLEAVED: tl.constexpr):  # fmt: skip
-    """The element that each fp32 element of ``x`` [M, BLOCK] is rotated with, by columns.
+def _other_half(x, cols, H2: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr):
+    """The column that each column of fp32 ``x`` [M, BLOCK] is rotated with, H2 columns away.
 
-    Columns lie 1 (interleaved) or H2 (halves) apart. Where that is a power of two, the exclusive or
-    of the pair leaves the other one: a shuffle inside the warp, without a change of layout.
+    Where H2 is a power of two, the exclusive or of the pair leaves the other one: shuffles inside
+    the warp, without a change of layout.
     """
-    APART: tl.constexpr = 1 if INTERLEAVED else H2
-    if APART & (APART - 1) == 0:
-        bits = tl.reshape(x.to(tl.int32, bitcast=True), [M, BLOCK // (2 * APART), 2, APART])
+    if H2 & (H2 - 1) == 0:
+        bits = tl.reshape(x.to(tl.int32, bitcast=True), [M, BLOCK // (2 * H2), 2, H2])
         bits = bits ^ tl.xor_sum(bits, axis=2, keep_dims=True)
-        partner = tl.reshape(bits, [M, BLOCK]).to(tl.float32, bitcast=True)
+        other = tl.reshape(bits, [M, BLOCK]).to(tl.float32, bitcast=True)
     else:
-        other = tl.where(cols < H2, cols + H2, tl.where(cols < 2 * H2, cols - H2, cols))
-        partner = tl.gather(x, tl.broadcast_to(other, [M, BLOCK]), axis=1)
-    return partner
+        at = tl.where(cols < H2, cols + H2, tl.where(cols < 2 * H2, cols - H2, cols))
+        other = tl.gather(x, tl.broadcast_to(at, [M, BLOCK]), axis=1)
+    return other
+
+
+@triton.jit
+def _rotate(
+    y,
+    cos,
+    sin,
+    H2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    dtype: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):
+    """``y`` [M, BLOCK] with its first 2 * H2 columns rotated; products round to ``dtype``.
+
+    ``cos``, ``sin``: fp32 [M, BLOCK], one for each column, or [M, BLOCK / 2] if INTERLEAVED.
+    """
+    if INTERLEAVED:
+        rotates = tl.arange(0, BLOCK // 2)[None, :] < H2
+        y1, y2 = tl.split(tl.reshape(y, [M, BLOCK // 2, 2]))
+        out1 = _multiply(y1, cos, dtype, NVIDIA) - _multiply(y2, sin, dtype, NVIDIA)
+        out2 = _multiply(y2, cos, dtype, NVIDIA) + _multiply(y1, sin, dtype, NVIDIA)
+        pairs = tl.join(tl.where(rotates, out1, y1), tl.where(rotates, out2, y2))
+        out = tl.reshape(pairs, [M, BLOCK])
+    else:
+        cols = tl.arange(0, BLOCK)[None, :]
+        other = _other_half(y, cols, H2, BLOCK, M)
+        sin = tl.where(cols < H2, -sin, sin)
+        out = _multiply(y, cos, dtype, NVIDIA) + _multiply(other, sin, dtype, NVIDIA)
+        out = tl.where(cols < 2 * H2, out, y)
+    return out
 
 
 @triton.jit(
@@ -106,13 +136,12 @@ def qk_rms_norm_rope_kernel(
         k_out_at = k_out_ptr + (token * out_k_step + (head - Q_HEADS) * out_k_head_step) * UNIT
         out_at = tl.where(is_q, q_out_at, k_out_at) + cols
     gamma_at = tl.where(is_q, q_gamma_ptr, k_gamma_ptr) + cols
-    rotates = cols < 2 * H2
     if INTERLEAVED:
-        first = cols % 2 == 0
-        pair = cols // 2
+        pair = tl.arange(0, BLOCK // 2)[None, :]
+        rotates = pair < H2
     else:
-        first = cols < H2
         pair = cols % H2
+        rotates = cols < 2 * H2
 
     R.wait_for_previous(PDL)
     if positions_ptr is None:
@@ -128,9 +157,5 @@ def qk_rms_norm_rope_kernel(
     sin = tl.load(cos_at + H2, mask=held, other=float("nan")).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / H + eps)
     y = R.rounded(x * rstd * gamma, dtype, NVIDIA)
-    partner = _partner(y, cols, H2, BLOCK, M, INTERLEAVED)
-    sin = tl.where(first, -sin, sin)
-    rotated = _multiply(y, cos, product_dtype, NVIDIA) + _multiply(
-        partner, sin, product_dtype, NVIDIA
-    )
-    tl.store(out_at, tl.where(rotates, rotated, y).to(dtype), mask=live)
+    out = _rotate(y, cos, sin, H2, BLOCK, M, INTERLEAVED, product_dtype, NVIDIA)
+    tl.store(out_at, out.to(dtype), mask=live)
