@@ -69,9 +69,7 @@ def test_an_fp32_table_rounds_once_after_the_norm(interleaved: bool) -> None:
         exact_rope(ops.rms_norm(heads, gain, EPS), cos_sin[positions], interleaved)
         for heads in (q, k)
     ]
-    ops.qk_rms_norm_rope(
-        q, k, gain, gain, cos_sin, positions.int(), EPS, interleaved=interleaved
-    )
+    ops.qk_rms_norm_rope(q, k, gain, gain, cos_sin, positions.int(), EPS, interleaved=interleaved)
     for got, exact in zip((q, k), want, strict=True):
         # One rounding to bf16: half a unit, and what fp32 adds to it.
         torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-5)

@@ -143,8 +143,7 @@ _SANDWICH = (
     "Tensor x, Tensor residual, Tensor post_gamma, Tensor pre_gamma, float post_eps, float pre_eps"
 )
 _ROPE = (
-    "Tensor q_gamma, Tensor k_gamma, Tensor cos_sin, Tensor? positions, float eps,"
-    " bool interleaved"
+    "Tensor q_gamma, Tensor k_gamma, Tensor cos_sin, Tensor? positions, float eps, bool interleaved"
 )
 
 _define(f"rms_norm({_NORM}) -> Tensor", dispatch.rms_norm, _fake_rms_norm)
