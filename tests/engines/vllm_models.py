@@ -1,0 +1,51 @@
+"""Tiny models of the families that vLLM serves, in sizes that its CPU kernels take."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tiny
+
+VOCAB = 512
+_WIDER: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 16,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+
+
+def _widen(config: dict[str, Any], *, text: bool = True) -> dict[str, Any]:
+    wide: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            wide[key] = _widen(value, text=key == "text_config")
+        elif text and key in _WIDER:
+            wide[key] = _WIDER[key]
+        else:
+            wide[key] = value
+    return wide
+
+
+def save(model_type: str, folder: Path) -> Path:
+    """Write a bf16 checkpoint of the family, as transformers writes it."""
+    original = tiny.CONFIGS[model_type]
+    tiny.CONFIGS[model_type] = {"vocab_size": VOCAB, **_widen(original)}
+    try:
+        return tiny.save(model_type, folder, torch.bfloat16)
+    finally:
+        tiny.CONFIGS[model_type] = original
