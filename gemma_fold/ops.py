@@ -18,10 +18,25 @@ from torch import Tensor
 
 from gemma_fold.kernels import dispatch
 from gemma_fold.kernels import registry as _registry  # noqa: F401  (registers torch.ops)
+from gemma_fold.kernels.all_reduce.api import (
+    all_reduce,
+    all_reduce_add_rms_norm,
+    all_reduce_add_rms_norm_fp8,
+    all_reduce_rms_norm_add_rms_norm,
+    all_reduce_rms_norm_add_rms_norm_fp8,
+)
+from gemma_fold.kernels.all_reduce.workspace import AllReduceWorkspace
+from gemma_fold.kernels.eager import runs_eagerly
 
 __all__ = [
+    "AllReduceWorkspace",
     "add_rms_norm",
     "add_rms_norm_fp8",
+    "all_reduce",
+    "all_reduce_add_rms_norm",
+    "all_reduce_add_rms_norm_fp8",
+    "all_reduce_rms_norm_add_rms_norm",
+    "all_reduce_rms_norm_add_rms_norm_fp8",
     "qk_rms_norm",
     "rms_norm",
     "rms_norm_add_rms_norm",
@@ -30,24 +45,8 @@ __all__ = [
 ]
 
 _ops = torch.ops.gemma_fold
-# Bound once: these run on every call, and a small norm is over in a few microseconds.
-_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
+# Bound once: it runs on every call, and a small norm is over in a few microseconds.
 _grad_enabled = torch.is_grad_enabled
-
-
-def _eager(x: Tensor) -> bool:
-    """Whether nothing watches this call: no tracing, no dispatch mode, no function transform.
-
-    Only then may the dispatcher be skipped; it costs several microseconds of host time a call.
-    """
-    return (
-        not _compiling()
-        and (type(x) is Tensor or type(x) is torch.nn.Parameter)
-        and _dispatch_modes() == 0
-        and _transforms() is None
-    )
 
 
 def rms_norm(x: Tensor, gamma: Tensor, eps: float = 1e-6) -> Tensor:
@@ -56,7 +55,7 @@ def rms_norm(x: Tensor, gamma: Tensor, eps: float = 1e-6) -> Tensor:
     Returns [..., H] in the dtype of ``x``. ``x`` may have any row stride, and its leading
     dimensions may be transposed; the columns must be contiguous.
     """
-    if _eager(x) and not (_grad_enabled() and (x.requires_grad or gamma.requires_grad)):
+    if runs_eagerly(x) and not (_grad_enabled() and (x.requires_grad or gamma.requires_grad)):
         return dispatch.rms_norm(x, gamma, eps)
     return cast(Tensor, _ops.rms_norm(x, gamma, eps))
 
@@ -73,7 +72,7 @@ def add_rms_norm(
         dispatch.check_add(x, residual, gamma)
         total = residual + x
         return rms_norm(total, gamma, eps), total
-    if _eager(x):
+    if runs_eagerly(x):
         return dispatch.add_rms_norm(x, residual, gamma, eps)
     return cast(tuple[Tensor, Tensor], _ops.add_rms_norm(x, residual, gamma, eps))
 
@@ -101,7 +100,7 @@ def rms_norm_add_rms_norm(
         dispatch.check_sandwich(x, residual, post_gamma, pre_gamma)
         return add_rms_norm(rms_norm(x, post_gamma, post_eps), residual, pre_gamma, pre_eps)
     args = (x, residual, post_gamma, pre_gamma, post_eps, pre_eps)
-    if _eager(x):
+    if runs_eagerly(x):
         return dispatch.rms_norm_add_rms_norm(*args)
     return cast(tuple[Tensor, Tensor], _ops.rms_norm_add_rms_norm(*args))
 
@@ -116,7 +115,7 @@ def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: flo
         q.requires_grad or k.requires_grad or q_gamma.requires_grad or k_gamma.requires_grad
     ):
         raise ValueError("qk_rms_norm works in place and has no backward; use rms_norm to train")
-    if _eager(q):
+    if runs_eagerly(q):
         dispatch.qk_rms_norm_(q, k, q_gamma, k_gamma, eps)
     else:
         # Inductor can lose the offset of a view that a traced operator mutates; copies it fuses.
@@ -135,7 +134,7 @@ def rms_norm_fp8(
     over 448 and at least 1 / (448 * 512). The norm is rounded to the dtype of ``x`` first, as in
     the unfused sequence. Not differentiable.
     """
-    if _eager(x):
+    if runs_eagerly(x):
         return dispatch.rms_norm_fp8(x, gamma, eps, scale)
     y, scales = _ops.rms_norm_fp8(x, gamma, eps, scale)
     return y, scales if scale is None else scale
@@ -148,7 +147,7 @@ def add_rms_norm_fp8(
 
     ``scale`` as in :func:`rms_norm_fp8`; ``new_residual`` keeps the dtype of ``x``.
     """
-    if _eager(x):
+    if runs_eagerly(x):
         return dispatch.add_rms_norm_fp8(x, residual, gamma, eps, scale)
     y, scales, total = _ops.add_rms_norm_fp8(x, residual, gamma, eps, scale)
     return y, scales if scale is None else scale, total
@@ -168,7 +167,7 @@ def rms_norm_add_rms_norm_fp8(
     ``scale`` as in :func:`rms_norm_fp8`; ``new_residual`` keeps the dtype of ``x``.
     """
     args = (x, residual, post_gamma, pre_gamma, post_eps, pre_eps, scale)
-    if _eager(x):
+    if runs_eagerly(x):
         return dispatch.rms_norm_add_rms_norm_fp8(*args)
     y, scales, total = _ops.rms_norm_add_rms_norm_fp8(*args)
     return y, scales if scale is None else scale, total

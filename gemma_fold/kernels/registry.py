@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma_fold.kernels import dispatch, layout
+from gemma_fold.kernels.all_reduce import operators
 
 _LIBRARY = torch.library.Library("gemma_fold", "FRAGMENT")
 _FP8 = torch.float8_e4m3fn
@@ -110,6 +111,52 @@ def _fake_sandwich_fp8(
     return (*_quantized(x, scale), _like(x))
 
 
+def _fake_all_reduce(x: Tensor, workspace: str) -> Tensor:
+    layout.check_activation(x, "x")
+    return x.new_empty(x.shape)
+
+
+def _fake_reduce_add(
+    x: Tensor, residual: Tensor, gamma: Tensor, eps: float, workspace: str
+) -> tuple[Tensor, Tensor]:
+    dispatch.check_add(x, residual, gamma)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _fake_reduce_sandwich(
+    x: Tensor,
+    residual: Tensor,
+    post_gamma: Tensor,
+    pre_gamma: Tensor,
+    post_eps: float,
+    pre_eps: float,
+    workspace: str,
+) -> tuple[Tensor, Tensor]:
+    dispatch.check_sandwich(x, residual, post_gamma, pre_gamma)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _fake_reduce_add_fp8(
+    x: Tensor, residual: Tensor, gamma: Tensor, eps: float, workspace: str, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dispatch.check_add(x, residual, gamma)
+    return (*_quantized(x, scale), x.new_empty(x.shape))
+
+
+def _fake_reduce_sandwich_fp8(
+    x: Tensor,
+    residual: Tensor,
+    post_gamma: Tensor,
+    pre_gamma: Tensor,
+    post_eps: float,
+    pre_eps: float,
+    workspace: str,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dispatch.check_sandwich(x, residual, post_gamma, pre_gamma)
+    return (*_quantized(x, scale), x.new_empty(x.shape))
+
+
 _NORM = "Tensor x, Tensor gamma, float eps"
 _ADD = "Tensor x, Tensor residual, Tensor gamma, float eps"
 _SANDWICH = (
@@ -153,6 +200,29 @@ _define(
     f"rms_norm_add_rms_norm_fp8({_SANDWICH}, Tensor? scale) -> (Tensor, Tensor, Tensor)",
     _own_scale(dispatch.rms_norm_add_rms_norm_fp8),
     _fake_sandwich_fp8,
+)
+_define("all_reduce(Tensor x, str workspace) -> Tensor", operators.all_reduce, _fake_all_reduce)
+_define(
+    f"all_reduce_add_rms_norm({_ADD}, str workspace) -> (Tensor, Tensor)",
+    operators.all_reduce_add_rms_norm,
+    _fake_reduce_add,
+)
+_define(
+    f"all_reduce_rms_norm_add_rms_norm({_SANDWICH}, str workspace) -> (Tensor, Tensor)",
+    operators.all_reduce_rms_norm_add_rms_norm,
+    _fake_reduce_sandwich,
+)
+_define(
+    f"all_reduce_add_rms_norm_fp8({_ADD}, str workspace, Tensor? scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    _own_scale(operators.all_reduce_add_rms_norm_fp8),
+    _fake_reduce_add_fp8,
+)
+_define(
+    f"all_reduce_rms_norm_add_rms_norm_fp8({_SANDWICH}, str workspace, Tensor? scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    _own_scale(operators.all_reduce_rms_norm_add_rms_norm_fp8),
+    _fake_reduce_sandwich_fp8,
 )
 
 
