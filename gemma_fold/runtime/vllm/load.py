@@ -22,10 +22,14 @@ _NO_CHECKPOINT = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorize
 
 @dataclass
 class Loading:
-    """The load in progress: its mode, and what the norms have taken so far."""
+    """The load in progress: its mode, and what the norms have taken so far.
+
+    workspace: what native norms reduce with, or None.
+    """
 
     vllm_config: Any
     mode: Mode
+    workspace: str | None = None
     tally: Tally = field(default_factory=Tally)
 
 
@@ -55,7 +59,12 @@ def wrap_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         block = folded_block(model_config.hf_config)
         mode = choose_mode(vllm_config, model_config, folded=block is not None)
-        with _loading(Loading(vllm_config, mode)) as loading:
+        workspace = None
+        if mode == "native":
+            from gemma_fold.runtime.vllm.workspace import tensor_parallel_workspace
+
+            workspace = tensor_parallel_workspace(vllm_config, model_config)
+        with _loading(Loading(vllm_config, mode, workspace)) as loading:
             if block is None:
                 return original(self, vllm_config, model_config, *args, **kwargs)
             try:

@@ -30,12 +30,17 @@ _CLASSES: dict[str, float | str] = {
 
 
 class Tally:
-    """How many gammas and raw weights the norms of a model took while it was loaded."""
+    """How many zero-centred norms a model has, and what they took while it was loaded."""
 
     def __init__(self) -> None:
-        self.norms = 0
+        self.native = 0
+        self.stock = 0
         self.gammas = 0
         self.raw = 0
+
+    @property
+    def norms(self) -> int:
+        return self.native + self.stock
 
     def add(self, param: Tensor, gamma: bool) -> None:
         if param.is_meta:
@@ -50,7 +55,7 @@ def zero_centred_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Pa
     """Every norm of `model` that adds to its weight: name, module, the weight, what it adds."""
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if weight is None:
+        if weight is None or weight.dim() != 1:  # [H, 1] is a gamma already
             continue
         offset = _offset(module)
         if offset:
