@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
+from vllm.logger import init_logger
 
 from gemma_fold._version import __version__
 from gemma_fold.runtime.vllm.load import Loading, current_loading
 from gemma_fold.runtime.vllm.loaders import stock_loader, zero_centred_norms
+
+logger = init_logger("vllm.gemma_fold")
 
 
 def prepare_model(model: nn.Module) -> None:
@@ -30,11 +34,19 @@ def prepare_model(model: nn.Module) -> None:
 
 
 def _make_native(model: nn.Module, loading: Loading) -> None:
+    # Imported here: stock mode needs no operators.
     from gemma_fold.runtime.vllm.native import Native, make_native
+    from gemma_fold.runtime.vllm.workspace import explain
 
-    norms = make_native(model, Native(loading.vllm_config, loading.workspace, loading.tally))
+    native = Native(loading.vllm_config, loading.workspace, loading.tally)
+    norms = make_native(model, native)
     loading.tally.native += norms
     if norms:
+        logger.info_once(
+            "gemma-fold: native mode, %d norms with fp32 gamma; %s",
+            norms,
+            explain(loading.workspace),
+        )
         _separate_compile_cache(loading.vllm_config)
 
 
@@ -44,7 +56,5 @@ def _separate_compile_cache(vllm_config: Any) -> None:
 
     if isinstance(vllm_config.additional_config, dict):
         vllm_config.additional_config["gemma_fold"] = f"{__version__} {choose_way(vllm_config)}"
-    else:
-        import os
-
+    else:  # a platform's own object, whose hash says nothing of this
         os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"

@@ -15,9 +15,8 @@ from gemma_fold.runtime.vllm.config import folded_block
 from gemma_fold.runtime.vllm.loaders import Tally
 from gemma_fold.runtime.vllm.modes import Mode, choose_mode
 
-#: Load formats that fill parameters with no checkpoint, or with what an engine saved: its own
-#: parameters, past their weight loaders.
-_NO_CHECKPOINT = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
+#: Load formats that read what an engine saved: its own parameters, past their weight loaders.
+_NO_CHECKPOINT = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
 
 
 @dataclass
@@ -65,17 +64,27 @@ def wrap_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
             workspace = tensor_parallel_workspace(vllm_config, model_config)
         with _loading(Loading(vllm_config, mode, workspace)) as loading:
-            if block is None:
-                return original(self, vllm_config, model_config, *args, **kwargs)
             try:
                 model = original(self, vllm_config, model_config, *args, **kwargs)
             except AssertionError as error:
+                if block is None:
+                    raise
                 raise _not_zero_centred(model_config, error) from error
-        if self.load_config.load_format not in _NO_CHECKPOINT:
+        if self.load_config.load_format == "dummy":
+            _fold_dummies(model)
+        elif block is not None and self.load_config.load_format not in _NO_CHECKPOINT:
             _check(loading.tally, block, model_config)
         return model
 
     return load_model
+
+
+def _fold_dummies(model: Any) -> None:
+    """Random weights go around the loaders, and are meant as raw ones."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and getattr(weight, "gemma_fold", False):
+            weight.data.add_(1.0)
 
 
 def _check(tally: Tally, block: dict[str, Any], model_config: Any) -> None:

@@ -93,6 +93,7 @@ def adopt(module: nn.Module, cls: type[NativeNorm], loader: Loader) -> NativeNor
     assert old is not None
     gamma = nn.Parameter(families.fold(old.data, 1.0)[:, None], requires_grad=False)
     gamma.weight_loader = loader  # type: ignore[attr-defined]
+    gamma.gemma_fold = True  # type: ignore[attr-defined]
     module._parameters["weight"] = gamma
     module.__class__ = cls
     assert isinstance(module, NativeNorm)

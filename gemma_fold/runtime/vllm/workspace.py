@@ -32,3 +32,8 @@ def tensor_parallel_workspace(vllm_config: Any, model_config: Any) -> str | None
     if workspace.device.type == "cuda" and not workspace.fused:
         return None  # vLLM's own all-reduce knows more ways than the library's
     return name
+
+
+def explain(workspace: str | None) -> str:
+    """One line about who reduces."""
+    return "vLLM does the all-reduces" if workspace is None else find(workspace).explain()
