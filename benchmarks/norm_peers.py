@@ -29,6 +29,7 @@ BYTES = {
     "add_rms_norm": (4, 4),
     "rms_norm_add_rms_norm": (4, 4),
     "qk_rms_norm": (2, 2),
+    "qk_rms_norm_rope": (2, 2),
     "rms_norm_fp8_static": (2, 1),
     "add_rms_norm_fp8_static": (4, 3),
     "rms_norm_add_rms_norm_fp8_static": (4, 3),

@@ -30,15 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import norm_peers as peers  # noqa: E402
+import qk_peers as qk  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from graph_timing import capture, time_interleaved  # noqa: E402
 
-from gemma_fold import ops  # noqa: E402
-
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 HIDDEN = (640, 1152, 2560, 3840, 4096, 5376, 8192)
 QK_HEADS = ((32, 16, 128), (4, 1, 256))
+PEERS = ["flashinfer", "quack", "liger", "compile"]
 EAGER_HIDDEN = 5376
 ROUNDS = 15
 MOST_CALLS = 512
@@ -77,34 +77,6 @@ def row_calls(op: str, b: peers.Buffers, modules: dict[str, Any]) -> dict[str, p
     if modules.get("compile"):
         found["torch.compile"] = peers.compiled_calls(op, b)
     return {name: call for name, call in found.items() if call is not None}
-
-
-def qk_calls(
-    heads: tuple[int, int, int], tokens: int, sets: int, modules: dict[str, Any]
-) -> dict[str, peers.Call]:
-    """q+k norm in place on views of one fused qkv tensor; peers launch once for q, once for k."""
-    q_heads, k_heads, size = heads
-    weight = torch.randn(size, device="cuda").bfloat16()
-    gamma = 1.0 + weight.float()
-    width = (q_heads + 2 * k_heads) * size
-    pairs = []
-    for _ in range(sets):
-        qkv = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
-        q, k, _v = qkv.split([q_heads * size, k_heads * size, k_heads * size], dim=1)
-        pairs.append((q.view(tokens, q_heads, size), k.view(tokens, k_heads, size)))
-
-    found: dict[str, peers.Call] = {
-        "gemma_fold": lambda i: ops.qk_rms_norm(*pairs[i], gamma, gamma, peers.EPS)
-    }
-    if (fi := modules.get("flashinfer")) and modules["flashinfer-cute"]:
-
-        def both(i: int) -> None:
-            q, k = pairs[i]
-            fi.gemma_rmsnorm(q, weight, peers.EPS, out=q)
-            fi.gemma_rmsnorm(k, weight, peers.EPS, out=k)
-
-        found["flashinfer+flashinfer"] = peers.flashinfer_backend(fi, False, both)
-    return found
 
 
 def drop_failing(calls: dict[str, peers.Call]) -> dict[str, peers.Call]:
@@ -168,6 +140,7 @@ def load_modules(names: list[str]) -> dict[str, Any]:
     modules: dict[str, Any] = {n: peers.installed(n) for n in names if n in peers.PACKAGES}
     if fi := modules.get("flashinfer"):
         modules["flashinfer-cute"] = not fi._USE_CUDA_NORM
+    modules["flashinfer-rope"] = "flashinfer-rope" in names
     modules["compile"] = "compile" in names
     return modules
 
@@ -198,19 +171,25 @@ def prepare_rows(hidden: int, wanted: list[str], modules: dict[str, Any]) -> Cal
     return run
 
 
-def prepare_qk(heads: tuple[int, int, int], modules: dict[str, Any]) -> Callable[..., Any]:
+def prepare_qk(heads: tuple[int, int, int], wanted: list[str], modules: dict[str, Any]) -> Any:
+    """The same for the q and k operators and one set of heads."""
     hidden = (heads[0] + heads[1]) * heads[2]
-    drop_failing(qk_calls(heads, 37, 1, modules))
+    for op in wanted:
+        qk.check(op, heads)
+        for tokens in (37, 1):
+            drop_failing(qk.head_calls(op, qk.make_heads(heads, tokens, 1), modules))
 
     def run(tokens_list: list[int], rounds: int) -> list[dict[str, Any]]:
         rows = []
-        for tokens in tokens_list:
-            sets, n = rotation("qk_rms_norm", tokens, hidden)
-            calls = {"copy": peers.copy("qk_rms_norm", tokens, hidden, sets)}
-            calls |= drop_failing(qk_calls(heads, tokens, sets, modules))
-            for name, us in measure(calls, n, sets, rounds).items():
-                row = {"op": "qk_rms_norm", "tokens": tokens, "hidden": hidden, "impl": name}
-                rows.append({**row, "us": us})
+        for op in wanted:
+            for tokens in tokens_list:
+                sets, n = rotation(op, tokens, hidden)
+                calls = {"copy": peers.copy(op, tokens, hidden, sets)}
+                b = qk.make_heads(heads, tokens, sets)
+                calls |= drop_failing(qk.head_calls(op, b, modules))
+                for name, us in measure(calls, n, sets, rounds).items():
+                    row = {"op": op, "tokens": tokens, "hidden": hidden, "impl": name}
+                    rows.append({**row, "us": us})
         return rows
 
     return run
@@ -241,6 +220,7 @@ def command(args: argparse.Namespace) -> str:
     """What repeats this run from the repository's root, whatever folder it wrote to."""
     parts = ["python benchmarks/norms.py --out", f"benchmarks/results/{args.out.name}"]
     defaults = {"ops": list(peers.BYTES), "hidden": list(HIDDEN), "tokens": list(TOKENS)}
+    defaults["peers"] = PEERS
     for name, default in defaults.items():
         if getattr(args, name) != default:
             parts += [f"--{name}", *map(str, getattr(args, name))]
@@ -253,16 +233,19 @@ def main() -> int:
     parser.add_argument("--ops", nargs="+", default=list(peers.BYTES))
     parser.add_argument("--hidden", nargs="+", type=int, default=list(HIDDEN))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--peers", nargs="*", default=["flashinfer", "quack", "liger", "compile"])
+    parser.add_argument("--peers", nargs="*", default=PEERS, help="flashinfer-rope takes minutes")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--commit", default=git_commit(), help="where .git does not travel along")
     parser.add_argument("--compile-seconds", type=float, default=300.0)
     args = parser.parse_args()
 
-    row_ops = [op for op in args.ops if op != "qk_rms_norm"]
-    jobs: list[Any] = [partial(prepare_rows, hidden, row_ops) for hidden in args.hidden]
-    if "qk_rms_norm" in args.ops:
-        jobs += [partial(prepare_qk, heads) for heads in QK_HEADS]
+    qk_ops = [op for op in args.ops if op.startswith("qk")]
+    row_ops = [op for op in args.ops if op not in qk_ops]
+    jobs: list[Any] = []
+    if row_ops:
+        jobs += [partial(prepare_rows, hidden, row_ops) for hidden in args.hidden]
+    if qk_ops:
+        jobs += [partial(prepare_qk, heads, qk_ops) for heads in QK_HEADS]
     context = mp.get_context("spawn")
     ready, turn, results = context.Barrier(len(jobs)), context.Lock(), context.Queue()
     processes = [

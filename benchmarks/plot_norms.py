@@ -31,6 +31,7 @@ TITLES = {
     "add_rms_norm": "Residual add + RMSNorm",
     "rms_norm_add_rms_norm": "Sandwich: post-norm, residual add, pre-norm",
     "qk_rms_norm": "q and k heads, in place on a fused tensor",
+    "qk_rms_norm_rope": "q and k heads with rotary embedding, in place on a fused tensor",
     "rms_norm_fp8_static": "RMSNorm to e4m3, static scale",
     "add_rms_norm_fp8_static": "Residual add + RMSNorm to e4m3, static scale",
     "rms_norm_add_rms_norm_fp8_static": "Sandwich to e4m3, static scale",
@@ -47,14 +48,15 @@ Microseconds per call inside CUDA graphs, bf16 activations, medians. *Ours* take
 FlashInfer and Liger cannot take fp32 gamma with bf16 activations, or not in their Gemma form, and
 were given bf16 weights, their best case; quack took fp32 gamma. `torch.compile` is Inductor's
 kernel for the transformers forward with bf16 weights. `flashinfer` is its CuTe DSL backend (the
-default), `flashinfer-cuda` its CUDA C++ one. A name joined by `+` is two launches. `copy` is a
-device-to-device copy that moves as many bytes as the operator has to. For q and k heads, H is all
-of a token's heads: 6144 is 32 q and 16 k heads of 128, 1280 is 4 and 1 of 256.
+default), `flashinfer-cuda` its CUDA C++ one. A name joined by `+` is one call for each part. `copy`
+is a device-to-device copy that moves as many bytes as the operator has to. For q and k heads, H is
+all of a token's heads: 6144 is 32 q and 16 k heads of 128, 1280 is 4 and 1 of 256. With rotary
+embedding, everyone reads one fp32 table of cosines and sines at random positions.
 """
 MEANS = """
 `of copy` is the time of the copy over ours, at 4096 tokens and more: the lowest over all sizes.
 `vs best` is our time over the best peer's at each point (for the sandwich and for q and k: the
-best composition of two launches).
+best composition of launches).
 """
 
 
@@ -67,7 +69,7 @@ def load(path: Path) -> tuple[dict[str, Any], Table]:
 
 
 def rivals(op: str, times: dict[str, float]) -> dict[str, float]:
-    """The peers an operator is judged by: compositions of launches where it replaces two."""
+    """The peers an operator is judged by: compositions of launches where it replaces several."""
     found = {impl: us for impl, us in times.items() if impl not in (OURS, COPY)}
     if op.startswith(("rms_norm_add", "qk")):
         found = {impl: us for impl, us in found.items() if "+" in impl}
@@ -95,6 +97,8 @@ def summary(table: Table) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for op, title in TITLES.items():
+        if not any(key[0] == op for key in table):
+            continue
 
         def best(times: dict[str, float], op: str = op) -> float | None:
             return min(rivals(op, times).values(), default=None)

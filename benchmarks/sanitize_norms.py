@@ -50,7 +50,14 @@ def run_kernels() -> int:
                 gamma = torch.rand(size, device="cuda")
                 q, k = qkv[:, :q_heads], qkv[:, q_heads : q_heads + k_heads]
                 ops.qk_rms_norm(q, k, gamma, gamma)
-                calls += 1
+                # The last position lies outside the table.
+                at = torch.arange(tokens, device="cuda")
+                for table in (qkv.new_ones(tokens, size), torch.ones(tokens, size // 2).cuda()):
+                    for interleaved in (False, True):
+                        ops.qk_rms_norm_rope(
+                            q, k, gamma, gamma, table, at + 1, interleaved=interleaved
+                        )
+                calls += 5
     torch.cuda.synchronize()
     return calls
 

@@ -38,6 +38,7 @@ __all__ = [
     "all_reduce_rms_norm_add_rms_norm",
     "all_reduce_rms_norm_add_rms_norm_fp8",
     "qk_rms_norm",
+    "qk_rms_norm_rope",
     "rms_norm",
     "rms_norm_add_rms_norm",
     "rms_norm_add_rms_norm_fp8",
@@ -122,6 +123,53 @@ def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: flo
         q_normed, k_normed = _ops.qk_rms_norm(q, k, q_gamma, k_gamma, eps)
         q.copy_(q_normed)
         k.copy_(k_normed)
+
+
+def qk_rms_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_gamma: Tensor,
+    k_gamma: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    interleaved: bool = False,
+) -> None:
+    """:func:`qk_rms_norm`, then rotary position embedding, in place, in one launch.
+
+    ``q``, ``k``, gammas: as in :func:`qk_rms_norm`. ``cos_sin`` holds the cosines in the first half
+    of its columns and the sines in the second: [max_positions, rotary_dim], indexed by
+    ``positions`` (int32 or int64 [...], contiguous), or with ``positions=None`` one row for each
+    token, [..., rotary_dim]. The first ``rotary_dim`` <= head_dim columns of each head rotate, by
+    halves as in GPT-NeoX or, ``interleaved``, in neighbouring pairs as in GPT-J; the others are
+    only normed.
+
+    ``cos_sin`` has the dtype of ``q`` or is fp32, and that chooses the rounding. Norms round to the
+    dtype of ``q`` first; products and their sum then round to the dtype of ``cos_sin``, so that
+    fp32 rounds once more at the end and the dtype of ``q`` rounds as transformers does.
+    A position outside ``cos_sin`` reads nothing and gives NaN in the columns that rotate.
+    Not differentiable.
+    """
+    if _grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or q_gamma.requires_grad
+        or k_gamma.requires_grad
+        or cos_sin.requires_grad
+    ):
+        raise ValueError(
+            "qk_rms_norm_rope works in place and has no backward; "
+            "use rms_norm and a rotary embedding of its own to train"
+        )
+    args = (q, k, q_gamma, k_gamma, cos_sin, positions, eps, interleaved)
+    if _eager(q):
+        dispatch.qk_rms_norm_rope_(*args)
+    else:
+        # Through copies, for the reason given in qk_rms_norm.
+        q_turned, k_turned = _ops.qk_rms_norm_rope(*args)
+        q.copy_(q_turned)
+        k.copy_(k_turned)
 
 
 def rms_norm_fp8(

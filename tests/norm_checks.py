@@ -40,3 +40,42 @@ def exact_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """The norm in float64."""
     x64 = x.double()
     return x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + eps) * gain.double()
+
+
+def exact_rope(x: Tensor, cos_sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding in float64, by complex multiplication. ``cos_sin``: [..., rotary_dim]."""
+    x64, (cos, sin) = x.double().clone(), cos_sin.double().unsqueeze(-2).chunk(2, dim=-1)
+    turning = x64[..., : cos_sin.shape[-1]]
+    pairs = turning.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    axis = -1 if interleaved else -2
+    turned = torch.complex(*pairs.unbind(axis)) * torch.complex(cos, sin)
+    turning.copy_(torch.stack((turned.real, turned.imag), dim=axis).flatten(-2))
+    return x64
+
+
+def table(positions: int, rotary_dim: int, dtype: torch.dtype, device: str) -> Tensor:
+    """The cosines and sines that models hold: [positions, rotary_dim], theta 10,000."""
+    frequencies = 10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
+    angles = torch.arange(positions)[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device, dtype)
+
+
+def fused_qkv(
+    tokens: int, heads: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A fused tensor [tokens, (q_heads + 2 * k_heads) * head_dim] and its q and k as heads."""
+    q_heads, k_heads, size = heads
+    qkv = rows((tokens, (q_heads + 2 * k_heads) * size), dtype, 21, device)
+    parts = qkv.unflatten(1, (-1, size))
+    return qkv, parts[:, :q_heads], parts[:, q_heads : q_heads + k_heads]
+
+
+def pair_sizes(x: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
+    """float64 size of the pair that each element of ``x`` is rotated in: it bounds the result."""
+    sizes = x.double().abs()
+    turning = sizes[..., :rotary_dim]
+    shape = (-1, 2) if interleaved else (2, -1)
+    pairs = turning.unflatten(-1, shape)
+    length = pairs.square().sum(-1 if interleaved else -2, keepdim=True).sqrt()
+    turning.copy_(length.expand_as(pairs).flatten(-2))
+    return sizes

@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from norm_checks import gamma, rows, ulps
+from norm_checks import exact_rope, fused_qkv, gamma, pair_sizes, rows, table, ulps
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -89,6 +89,60 @@ def test_qk_in_place_on_a_fused_tensor(heads: tuple[int, int, int]) -> None:
     reference.qk_rms_norm(*views(want), *gains, EPS)
     assert ulps(qkv, want, torch.float16) <= 1.0
     assert torch.equal(qkv[:, -sizes[2] :], want[:, -sizes[2] :])
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("wide_table", (False, True))
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize(
+    ("heads", "rotary_dim"),
+    (((4, 1, 128), 128), ((5, 2, 256), 64), ((3, 2, 96), 96), ((2, 1, 80), 20), ((1, 1, 7), 6)),
+)
+def test_rope_in_place_on_a_fused_tensor(
+    heads: tuple[int, int, int],
+    rotary_dim: int,
+    interleaved: bool,
+    wide_table: bool,
+    dtype: torch.dtype,
+) -> None:
+    qkv, q, k = fused_qkv(9, heads, dtype, "cpu")
+    kept = qkv[:, -heads[1] * heads[2] :].clone()
+    gains = gamma(heads[2], 20, "cpu"), gamma(heads[2], 22, "cpu")
+    cos_sin = table(300, rotary_dim, torch.float32 if wide_table else dtype, "cpu")
+    positions = torch.tensor([299, 0, 1, 1, 298, 128, 7, 64, 33])
+    normed = [reference.rms_norm(x, g, EPS) for x, g in zip((q, k), gains, strict=True)]
+    unfused = [reference.rotate(y, cos_sin, positions, interleaved) for y in normed]
+    ops.qk_rms_norm_rope(q, k, *gains, cos_sin, positions, EPS, interleaved=interleaved)
+    for got, want, y in zip((q, k), unfused, normed, strict=True):
+        exact = exact_rope(y, cos_sin[positions], interleaved)
+        size = pair_sizes(y, rotary_dim, interleaved)
+        assert ulps(got, want, dtype, size) <= LIMIT[dtype]
+        # Half a unit for the sum, and half for each product where products round too.
+        assert ulps(got, exact, dtype, size) <= LIMIT[dtype] + (0.5 if not wide_table else 0)
+    assert torch.equal(qkv[:, -heads[1] * heads[2] :], kept)
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("kind", (torch.int32, torch.int64))
+def test_a_position_outside_the_table_reads_nothing(kind: torch.dtype, interleaved: bool) -> None:
+    _, q, k = fused_qkv(5, (2, 1, 64), torch.float32, "cpu")
+    gain, cos_sin = gamma(64, 23, "cpu"), table(10, 32, torch.float32, "cpu")
+    positions = torch.tensor([0, -1, 10, torch.iinfo(kind).max, 9], dtype=kind)
+    ops.qk_rms_norm_rope(q, k, gain, gain, cos_sin, positions, EPS, interleaved=interleaved)
+    for heads in (q, k):
+        assert heads[1:4, :, :32].isnan().all()
+        assert not heads[1:4, :, 32:].isnan().any() and not heads[[0, 4]].isnan().any()
+
+
+def test_rope_rows_of_its_own_and_outputs_of_its_own() -> None:
+    _, q, k = fused_qkv(6, (2, 1, 64), torch.float16, "cpu")
+    gain, cos_sin = gamma(64, 24, "cpu"), table(6, 128, torch.float16, "cpu")[:, :64]
+    given = q.unflatten(0, (2, 3)), k.unflatten(0, (2, 3))
+    rest = gain, gain, cos_sin.unflatten(0, (2, 3)), None, EPS, False
+    got = torch.ops.gemma_fold.qk_rms_norm_rope(*given, *rest)
+    assert all(x.is_contiguous() for x in got)
+    ops.qk_rms_norm_rope(q, k, gain, gain, cos_sin, torch.arange(6), EPS)
+    assert torch.equal(got[0], given[0]) and torch.equal(got[1], given[1])
 
 
 @pytest.mark.parametrize("per_token", (False, True))

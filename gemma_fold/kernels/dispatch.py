@@ -7,6 +7,7 @@ interpreter is on (``TRITON_INTERPRET=1``), through the very same kernels.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -51,6 +52,18 @@ def check_qk(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor) -> None:
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} may differ only in heads")
 
 
+def check_qk_rope(
+    q: Tensor,
+    k: Tensor,
+    q_gamma: Tensor,
+    k_gamma: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor | None,
+) -> None:
+    check_qk(q, k, q_gamma, k_gamma)
+    layout.check_rotary(cos_sin, positions, q)
+
+
 @cache
 def _launch() -> ModuleType:
     """The Triton side, imported when it is first needed: CPU users need no Triton."""
@@ -68,6 +81,10 @@ _empty_like = torch.empty_like
 
 def _facts(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.stride(), x.dtype, x.get_device()
+
+
+def _all_facts(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    return tuple([None if x is None else _facts(x) for x in tensors])
 
 
 def _remember(key: tuple[Any, ...], plan: Any) -> Any:
@@ -190,6 +207,55 @@ def qk_rms_norm_(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: fl
             return
         plan = _remember(key, _launch().plan_qk_rms_norm(q, k, True))
     plan((q, k, q, k, q_gamma, k_gamma), (eps,))
+
+
+def qk_rms_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_gamma: Tensor,
+    k_gamma: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    tensors = (q, k, q_gamma, k_gamma, cos_sin, positions)
+    key = ("qk_rms_norm_rope", interleaved, *_all_facts(tensors))
+    plan = _plans.get(key)
+    if plan is None:
+        check_qk_rope(*tensors)
+        if _reference_runs(q):
+            q_out, k_out = reference.qk_rms_norm_rope(*tensors, eps, interleaved)
+            return q_out.contiguous(), k_out.contiguous()
+        plan = _remember(key, _launch().plan_qk_rms_norm_rope(q, k, cos_sin, interleaved, False))
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    plan((q, k, q_out, k_out, q_gamma, k_gamma, cos_sin, positions), (eps,))
+    return q_out, k_out
+
+
+def qk_rms_norm_rope_(
+    q: Tensor,
+    k: Tensor,
+    q_gamma: Tensor,
+    k_gamma: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> None:
+    tensors = (q, k, q_gamma, k_gamma, cos_sin, positions)
+    key = ("qk_rms_norm_rope_", k.data_ptr() - q.data_ptr(), interleaved, *_all_facts(tensors))
+    plan = _plans.get(key)
+    if plan is None:
+        check_qk_rope(*tensors)
+        layout.check_disjoint(q, k)
+        if _reference_runs(q):
+            q_out, k_out = reference.qk_rms_norm_rope(*tensors, eps, interleaved)
+            q.copy_(q_out)
+            k.copy_(k_out)
+            return
+        plan = _remember(key, _launch().plan_qk_rms_norm_rope(q, k, cos_sin, interleaved, True))
+    plan((q, k, q, k, q_gamma, k_gamma, cos_sin, positions), (eps,))
 
 
 def rms_norm_fp8(x: Tensor, gamma: Tensor, eps: float, scale: Tensor | None) -> Fp8Pair:

@@ -19,6 +19,7 @@ from torch import Tensor
 from gemma_fold.kernels.add_rms_norm import add_rms_norm_kernel
 from gemma_fold.kernels.layout import row_stride, token_stride
 from gemma_fold.kernels.qk_rms_norm import qk_rms_norm_kernel
+from gemma_fold.kernels.qk_rms_norm_rope import qk_rms_norm_rope_kernel
 from gemma_fold.kernels.rms_norm import rms_norm_kernel
 from gemma_fold.kernels.rms_norm_add_rms_norm import rms_norm_add_rms_norm_kernel
 from gemma_fold.kernels.rms_norm_backward import rms_norm_backward_kernel
@@ -178,8 +179,15 @@ def plan_rms_norm_add_rms_norm(x: Tensor, residual: Tensor, fp8: str | None = No
     return _plan_rows(rms_norm_add_rms_norm_kernel, "rms_norm_add_rms_norm", x, strides, fp8)
 
 
-def plan_qk_rms_norm(q: Tensor, k: Tensor, in_place: bool) -> Plan:
-    """Called with ``(q, k, q_out, k_out, q_gamma, k_gamma), (eps,)``; outputs dense or in place."""
+def _plan_heads(
+    kernel: Any,
+    q: Tensor,
+    k: Tensor,
+    in_place: bool,
+    scalars: tuple[int, ...] = (),
+    extra: dict[str, Any] | None = None,
+) -> Plan:
+    """A kernel over heads of ``q`` and ``k``, all of them in one numbering of rows."""
     hidden, itemsize = q.shape[-1], q.element_size()
     rows = _row_count(q.numel() + k.numel(), hidden)
     strides = (token_stride(q, "q"), token_stride(k, "k"), q.stride(-2), k.stride(-2))
@@ -197,10 +205,31 @@ def plan_qk_rms_norm(q: Tensor, k: Tensor, in_place: bool) -> Plan:
         "M": together,
         "PDL": EARLY.value,
         "IN_PLACE": in_place,
+        **(extra or {}),
     }
     warps = min(16, max(4, block * itemsize // 1024))
     programs = -(-rows // together)
-    return Plan(qk_rms_norm_kernel, q, programs, (rows, *steps), constants, warps)
+    return Plan(kernel, q, programs, (rows, *steps, *scalars), constants, warps)
+
+
+def plan_qk_rms_norm(q: Tensor, k: Tensor, in_place: bool) -> Plan:
+    """Called with ``(q, k, q_out, k_out, q_gamma, k_gamma), (eps,)``; outputs dense or in place."""
+    return _plan_heads(qk_rms_norm_kernel, q, k, in_place)
+
+
+def plan_qk_rms_norm_rope(
+    q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool, in_place: bool
+) -> Plan:
+    """Called as :func:`plan_qk_rms_norm`'s, with ``cos_sin`` and ``positions`` after the gammas."""
+    unit, steps = _steps(cos_sin, (row_stride(cos_sin, "cos_sin"),))
+    extra = {
+        "COS_SIN_UNIT": unit,
+        "H2": cos_sin.shape[-1] // 2,
+        "NVIDIA": not INTERPRETED and torch.version.hip is None,
+        "INTERLEAVED": interleaved,
+    }
+    scalars = (*steps, cos_sin.numel() // cos_sin.shape[-1])
+    return _plan_heads(qk_rms_norm_rope_kernel, q, k, in_place, scalars, extra)
 
 
 def plan_rms_norm_backward(x: Tensor, grad: Tensor) -> Plan:

@@ -52,6 +52,44 @@ def check_same(other: Tensor, x: Tensor, name: str) -> None:
         raise ValueError(f"{name} is on {other.device} but x is on {x.device}")
 
 
+def check_rotary(cos_sin: Tensor, positions: Tensor | None, q: Tensor) -> None:
+    """``cos_sin`` must hold a row for each token of ``q`` [..., heads, head_dim], or a table."""
+    if cos_sin.dtype not in (q.dtype, torch.float32):
+        raise TypeError(f"cos_sin must be float32 or {q.dtype} as q is, not {cos_sin.dtype}")
+    if cos_sin.device != q.device:
+        raise ValueError(f"cos_sin is on {cos_sin.device} but q is on {q.device}")
+    lead = list(q.shape[:-2])
+    if positions is None:
+        if cos_sin.dim() == 0 or list(cos_sin.shape[:-1]) != lead:
+            raise ValueError(
+                f"cos_sin has shape {list(cos_sin.shape)}; without positions it must be one row "
+                f"for each token, {[*lead, 'rotary_dim']}"
+            )
+    elif cos_sin.dim() != 2 or cos_sin.shape[0] == 0:
+        raise ValueError(
+            f"cos_sin must be [max_positions, rotary_dim], not {list(cos_sin.shape)}, "
+            "to be indexed by positions"
+        )
+    else:
+        _check_positions(positions, lead, q.device)
+    if cos_sin.shape[-1] % 2 or not 2 <= cos_sin.shape[-1] <= q.shape[-1]:
+        raise ValueError(
+            f"cos_sin has {cos_sin.shape[-1]} columns; rotary_dim must be even and at most the "
+            f"head_dim of {q.shape[-1]}"
+        )
+
+
+def _check_positions(positions: Tensor, shape: list[int], device: torch.device) -> None:
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"positions must be int32 or int64, not {positions.dtype}")
+    if list(positions.shape) != shape:
+        raise ValueError(f"positions must be {shape}, one a token, not {list(positions.shape)}")
+    if positions.device != device:
+        raise ValueError(f"positions is on {positions.device} but q is on {device}")
+    if not positions.is_contiguous():
+        raise ValueError("positions must be contiguous")
+
+
 def check_scale(scale: Tensor | None, x: Tensor) -> None:
     """A static fp8 scale is one fp32 element on the device of ``x``; None asks for dynamic."""
     if scale is None:

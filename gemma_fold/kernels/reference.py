@@ -49,6 +49,47 @@ def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: flo
     k.copy_(rms_norm(k, k_gamma, eps))
 
 
+def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor | None, interleaved: bool) -> Tensor:
+    """Rotary embedding of the first ``rotary_dim`` columns of ``x`` [..., heads, head_dim].
+
+    ``cos_sin``: [n, rotary_dim] with ``positions`` [...] int, or [..., rotary_dim] without; cosines
+    in the first half of its columns, sines in the second. Products and sum have the dtype torch
+    gives them, so an fp32 ``cos_sin`` rounds once, and one in the dtype of ``x`` rounds every step.
+    A position outside [0, n) gives NaN.
+    """
+    if positions is not None:
+        held = (positions >= 0) & (positions < cos_sin.shape[0])
+        taken = cos_sin[positions.long().clamp(0, cos_sin.shape[0] - 1)]
+        cos_sin = taken.masked_fill(~held.unsqueeze(-1), float("nan"))
+    cos, sin = cos_sin.unsqueeze(-2).chunk(2, dim=-1)
+    rotary_dim = cos_sin.shape[-1]
+    turning = x[..., :rotary_dim]
+    if interleaved:
+        x1, x2 = turning[..., ::2], turning[..., 1::2]
+    else:
+        x1, x2 = turning.chunk(2, dim=-1)
+    turned = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    rotated = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat((rotated.to(x.dtype), x[..., rotary_dim:]), dim=-1)
+
+
+def qk_rms_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_gamma: Tensor,
+    k_gamma: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`rotate` of the norms of ``q`` and ``k``, which round to their dtype before it."""
+    return (
+        rotate(rms_norm(q, q_gamma, eps), cos_sin, positions, interleaved),
+        rotate(rms_norm(k, k_gamma, eps), cos_sin, positions, interleaved),
+    )
+
+
 def rms_norm_backward(grad: Tensor, x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`rms_norm`: ``dx`` [..., H] in the dtype of ``x``, ``dgamma`` fp32 [H]."""
     x32, grad32 = x.float(), grad.float()

@@ -86,6 +86,33 @@ def _fake_qk_in_place(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, ep
     dispatch.check_qk(q, k, q_gamma, k_gamma)
 
 
+def _fake_qk_rope(
+    q: Tensor,
+    k: Tensor,
+    q_gamma: Tensor,
+    k_gamma: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    dispatch.check_qk_rope(q, k, q_gamma, k_gamma, cos_sin, positions)
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _fake_qk_rope_in_place(
+    q: Tensor,
+    k: Tensor,
+    q_gamma: Tensor,
+    k_gamma: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> None:
+    dispatch.check_qk_rope(q, k, q_gamma, k_gamma, cos_sin, positions)
+
+
 def _fake_fp8(x: Tensor, gamma: Tensor, eps: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     dispatch.check_rms_norm(x, gamma)
     return _quantized(x, scale)
@@ -162,6 +189,9 @@ _ADD = "Tensor x, Tensor residual, Tensor gamma, float eps"
 _SANDWICH = (
     "Tensor x, Tensor residual, Tensor post_gamma, Tensor pre_gamma, float post_eps, float pre_eps"
 )
+_ROPE = (
+    "Tensor q_gamma, Tensor k_gamma, Tensor cos_sin, Tensor? positions, float eps, bool interleaved"
+)
 
 _define(f"rms_norm({_NORM}) -> Tensor", dispatch.rms_norm, _fake_rms_norm)
 _define(
@@ -185,6 +215,16 @@ _define(
     "qk_rms_norm_(Tensor(a!) q, Tensor(b!) k, Tensor q_gamma, Tensor k_gamma, float eps) -> ()",
     dispatch.qk_rms_norm_,
     _fake_qk_in_place,
+)
+_define(
+    f"qk_rms_norm_rope(Tensor q, Tensor k, {_ROPE}) -> (Tensor, Tensor)",
+    dispatch.qk_rms_norm_rope,
+    _fake_qk_rope,
+)
+_define(
+    f"qk_rms_norm_rope_(Tensor(a!) q, Tensor(b!) k, {_ROPE}) -> ()",
+    dispatch.qk_rms_norm_rope_,
+    _fake_qk_rope_in_place,
 )
 _define(
     f"rms_norm_fp8({_NORM}, Tensor? scale) -> (Tensor, Tensor)",

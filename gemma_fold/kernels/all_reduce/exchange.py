@@ -45,8 +45,9 @@ class Capacity:
 
 def capacity(world: int, max_tokens: int, pitch: int, one_shot_bytes: int) -> Capacity:
     """How a workspace for ``max_tokens`` rows of ``pitch`` bytes is laid out."""
-    one_shot = min(max_tokens, max(1, one_shot_bytes // pitch))
-    return Capacity(one_shot, max_tokens if one_shot < max_tokens else 0, pitch, world)
+    rows = min(max_tokens, max(1, tuning.KERNEL_BYTES // pitch))
+    one_shot = min(rows, max(1, one_shot_bytes // pitch))
+    return Capacity(one_shot, rows if one_shot < rows else 0, pitch, world)
 
 
 class PeerExchange:
@@ -128,9 +129,10 @@ class PeerExchange:
         x = _rows(x, "x")
         residual = None if residual is None else _rows(residual, "residual")
         rows = x.shape[0]
-        most = max(self.size.one_shot_rows, self.size.two_shot_rows)
-        for start in range(0, rows, most):
-            count = min(most, rows - start)
+        kernels = -(-rows // max(self.size.one_shot_rows, self.size.two_shot_rows))
+        step = -(-rows // max(kernels, 1))
+        for start in range(0, rows, max(step, 1)):
+            count = min(step, rows - start)
             self._launch(
                 operator,
                 x[start : start + count],

@@ -289,15 +289,14 @@ extern "C" __device__ void __assertfail(const char*, const char*, unsigned, cons
     __attribute__((noreturn));
 
 // Stops the process: whatever this rank computed from now on would be wrong. The driver prints the
-// message; further threads keep quiet.
+// message of the first thread that gives up; the others wait for their end.
 DEVICE void give_up(const Args& a, int source) {
   static const char* const NAMES[] = {
     "no data from rank 0 in time", "no data from rank 1 in time", "no data from rank 2 in time",
     "no data from rank 3 in time", "no data from rank 4 in time", "no data from rank 5 in time",
     "no data from rank 6 in time", "no data from rank 7 in time"};
   if (atomicExch(a.failed, u32(source) + 1) == 0)
-    __assertfail(NAMES[source], "gemma_fold all-reduce", a.rank, "all_reduce", 1);
-  asm volatile("trap;");
+    __assertfail(NAMES[source], "gemma_fold all-reduce on rank", a.rank, "all_reduce", 1);
 }
 
 // Which of the WORLD - 1 places for what others send holds what `source` sends to `target`.

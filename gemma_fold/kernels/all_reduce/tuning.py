@@ -28,6 +28,11 @@ ONE_SHOT_BYTES = {
 }
 
 
+# Bytes of one rank's rows in one kernel; more rows run as several. What is in flight then stays in
+# the L2, and the buffers stay small: on H100s 2048 rows of 5376 take a sixth less time this way.
+KERNEL_BYTES = 512 * 5376 * 2
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Threads of a block, and the 16-byte vectors of a row that each of them holds."""

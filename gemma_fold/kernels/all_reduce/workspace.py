@@ -37,7 +37,8 @@ class AllReduceWorkspace:
         group: a torch.distributed process group; None is the default group, or, where
             torch.distributed is not initialised, this process alone.
         hidden: elements of the longest row.
-        max_tokens: rows that one kernel takes; more run as several kernels, with the same bits.
+        max_tokens: rows expected at most in one call. Calls of many rows run as several kernels
+            (`tuning.KERNEL_BYTES`), with the same bits, and so do calls of more rows than this.
         dtype: of the activations.
         device: of the activations; the current CUDA device, or the CPU where there is none.
         name: what a traced graph calls the workspace; unique among the living ones.
@@ -71,11 +72,10 @@ class AllReduceWorkspace:
             raise ValueError(
                 f"hidden must be 1 to {layout.MAX_HIDDEN}, max_tokens and timeout positive"
             )
-        self.group = group
-        self.world = _world_size(group)
+        self.group, self.world = _resolve(group)
         self.device = _device(device)
         self.debug = debug
-        self.name = name or _unused_name(group)
+        self.name = name or _unused_name(self.group)
         if self.name in _workspaces:
             raise ValueError(
                 f"there is a workspace named {self.name!r}; destroy it or name another"
@@ -87,7 +87,7 @@ class AllReduceWorkspace:
         self._exchange: PeerExchange | None = None
         self._reason = self._obstacle(path)
         if self.world > 1 and self._reason is None:
-            self._exchange = PeerExchange(group, self.device, self._size, timeout)
+            self._exchange = PeerExchange(self.group, self.device, self._size, timeout)
             if hidden * dtype.itemsize == pitch:
                 self._exchange.prepare(hidden, dtype)
         self._unfit: set[tuple[int, torch.dtype]] = set()
@@ -208,14 +208,16 @@ def find(workspace: str) -> AllReduceWorkspace:
     return found
 
 
-def _world_size(group: Any) -> int:
+def _resolve(group: Any) -> tuple[Any, int]:
+    """The group meant, and how many ranks it has."""
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():
         if group is not None:
             raise ValueError("the process group is gone: torch.distributed is not initialised")
-        return 1
-    return dist.get_world_size(group)
+        return None, 1
+    group = dist.group.WORLD if group is None else group
+    return group, dist.get_world_size(group)
 
 
 def _device(device: torch.device | str | int | None) -> torch.device:
