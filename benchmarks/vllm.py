@@ -5,12 +5,12 @@
     python benchmarks/vllm.py --profile --tp 2          # where a decode step's time goes
     python benchmarks/vllm.py --rehearse                # on a CPU, two small layers
 
-Two engines live side by side, each in processes of its own, with the same options and random weights,
-and take turns: in every repeat, at every concurrency, one after the other. Stock is vLLM with its
-default compilation and its all-reduce + norm fusion on; ours is the same with GEMMA_FOLD=native, on
-the same original config. A time per output token is that between two engine outputs that hold one
-token of every sequence; prefill does not count. Tokens per second are those of the whole batch, with
-its prefill.
+Two engines live side by side, each in processes of its own, with the same options and random
+weights, and take turns: in every repeat, at every concurrency, one after the other. Stock is vLLM
+with its default compilation and its all-reduce + norm fusion on; ours is the same with
+GEMMA_FOLD=native, on the same original config. A time per output token is that between two engine
+outputs that hold one token of every sequence; prefill does not count. Tokens per second are those
+of the whole batch, with its prefill.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -98,15 +99,11 @@ class Child:
         return [line.rstrip() for line in self._log.open() if "gemma-fold: " in line]
 
     def stop(self) -> None:
-        try:
+        with suppress(OSError, subprocess.TimeoutExpired):
             self._commands.write('{"do": "exit"}\n')
             self._process.wait(30)
-        except (OSError, subprocess.TimeoutExpired):
-            pass
-        try:  # the engine's own processes too
+        with suppress(ProcessLookupError):  # the engine's own processes too
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
 
 

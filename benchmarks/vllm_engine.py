@@ -1,8 +1,8 @@
 """One engine of benchmarks/vllm.py: starts vLLM, then answers one JSON line with another.
 
-`python -P vllm_engine.py READ_FD WRITE_FD OPTIONS`; OPTIONS is JSON: `engine` for vllm.LLM, and where
-`traces` of a profile go. Commands: {"do": "measure" or "profile", "concurrency", "input", "output",
-"seed"} and {"do": "exit"}.
+`python -P vllm_engine.py READ_FD WRITE_FD OPTIONS`; OPTIONS is JSON: `engine` for vllm.LLM, and
+where `traces` of a profile go. Commands: {"do": "measure" or "profile", "concurrency", "input",
+"output", "seed"} and {"do": "exit"}.
 """
 
 from __future__ import annotations
@@ -91,12 +91,11 @@ class Engine:
 
     def _kernels(self) -> dict[str, list[float]]:
         path = _newest_trace(self._traces)
-        opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-        with opened as file:
-            events = json.load(file)["traceEvents"]
+        packed = path.read_bytes()
+        trace = json.loads(gzip.decompress(packed) if path.suffix == ".gz" else packed)
         launches: Counter[str] = Counter()
         spent: Counter[str] = Counter()
-        for event in events:
+        for event in trace["traceEvents"]:
             if event.get("cat") == "kernel":
                 launches[event["name"]] += 1
                 spent[event["name"]] += event["dur"]

@@ -1,8 +1,8 @@
 """Runs real vLLM engines for test_vllm.py: `python vllm_worker.py JOB RESULT ARGUMENTS...`.
 
 Starting vLLM takes most of a minute, so a job runs many models in one process, where it can: with
-`VLLM_ENABLE_V1_MULTIPROCESSING=0` an engine starts in seconds. What a job found is written to RESULT
-as JSON; the test judges it.
+`VLLM_ENABLE_V1_MULTIPROCESSING=0` an engine starts in seconds. What a job found is written to
+RESULT as JSON; the test judges it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def run(folder: Path, mode: str | None = None, **options: Any) -> Outputs:
 
 
 def families(root: Path, names: str) -> dict[str, Any]:
-    """Every family: original and folded, by vLLM's norms and by ours; ours against vLLM's in fp32."""
+    """Original and folded, by vLLM's norms and by ours; ours against vLLM's in fp32."""
     found = {}
     for name in names.split(","):
         original, folded = root / name, root / f"{name}-folded"

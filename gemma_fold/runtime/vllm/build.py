@@ -27,7 +27,7 @@ def prepare_model(model: nn.Module) -> None:
     tally = loading.tally if loading is not None else None
     stock = 0
     for _, _, weight, offset in zero_centred_norms(model):
-        weight.weight_loader = stock_loader(offset, tally)
+        weight.weight_loader = stock_loader(offset, tally)  # type: ignore[attr-defined]
         stock += 1
     if tally is not None:
         tally.stock = stock  # the outermost model comes last

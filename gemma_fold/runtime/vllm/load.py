@@ -88,7 +88,7 @@ def _fold_dummies(model: Any) -> None:
 
 
 def _check(tally: Tally, block: dict[str, Any], model_config: Any) -> None:
-    """CheckpointError unless every zero-centred norm took one gamma, and they are the manifest's."""
+    """CheckpointError unless every zero-centred norm took a gamma, of those that are listed."""
     where = model_config.model
     if tally.raw:
         raise CheckpointError(

@@ -158,7 +158,7 @@ class _Decoder:
     def _sandwich(self, post: nn.Module, pre: nn.Module, projection: nn.Module) -> None:
         passed = self._adopt(post, PassedNorm)
         norm = self._adopt(pre, SandwichNorm)
-        norm.post = (passed,)  # type: ignore[assignment]
+        norm.post = (passed,)
         norm.workspace = self._take_over(projection)
 
     def _add_norm(self, module: nn.Module, layer: Any, projection: nn.Module | None) -> None:
@@ -170,7 +170,7 @@ class _Decoder:
         self._norms += 1
         return adopt(module, cls, self._loader)
 
-    def _take_over(self, projection: nn.Module | None) -> str | None:
+    def _take_over(self, projection: Any) -> str | None:
         """The workspace, if the norm after `projection` is to do its all-reduce."""
         if (
             self._workspace is None

@@ -72,9 +72,7 @@ class SandwichNorm(NativeNorm):
         gammas, epsilons = (post.gamma, self.gamma), (post.variance_epsilon, self.variance_epsilon)
         if self.workspace is None:
             return ops.rms_norm_add_rms_norm(x, residual, *gammas, *epsilons)
-        return ops.all_reduce_rms_norm_add_rms_norm(
-            x, residual, *gammas, self.workspace, *epsilons
-        )
+        return ops.all_reduce_rms_norm_add_rms_norm(x, residual, *gammas, self.workspace, *epsilons)
 
 
 class InlineNorm(NativeNorm):

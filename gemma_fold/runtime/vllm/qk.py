@@ -77,8 +77,8 @@ class _QkHook:
         q_end, k_end = self._ends
         q_norm, k_norm = self._norms
         ops.qk_rms_norm(
-            qkv[..., :q_end].unflatten(-1, (q_heads, -1)),
-            qkv[..., q_end:k_end].unflatten(-1, (k_heads, -1)),
+            qkv[..., :q_end].view(*qkv.shape[:-1], q_heads, -1),
+            qkv[..., q_end:k_end].view(*qkv.shape[:-1], k_heads, -1),
             q_norm.gamma,
             k_norm.gamma,
             q_norm.variance_epsilon,
