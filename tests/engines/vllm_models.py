@@ -41,11 +41,12 @@ def _widen(config: dict[str, Any], *, text: bool = True) -> dict[str, Any]:
     return wide
 
 
-def save(model_type: str, folder: Path) -> Path:
+def save(model_type: str, folder: Path, seed: int = 0) -> Path:
     """Write a bf16 checkpoint of the family, as transformers writes it."""
     original = tiny.CONFIGS[model_type]
     tiny.CONFIGS[model_type] = {"vocab_size": VOCAB, **_widen(original)}
     try:
-        return tiny.save(model_type, folder, torch.bfloat16)
+        tiny.build(model_type, torch.bfloat16, seed).save_pretrained(folder)
     finally:
         tiny.CONFIGS[model_type] = original
+    return folder

@@ -38,6 +38,7 @@ def engine(folder: Path, mode: str | None = None, **options: Any) -> Iterator[An
         "enforce_eager": True,
         "max_model_len": 128,
         "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 1 << 25,
         "skip_tokenizer_init": True,
         **({"distributed_executor_backend": "uni"} if in_process else {}),
         **options,
@@ -105,19 +106,25 @@ def run(folder: Path, mode: str | None = None, **options: Any) -> Outputs:
         return outputs(llm)
 
 
+def _run_native(folder: Path) -> tuple[Outputs, int]:
+    """The outputs, and how many norms hold gamma. An engine must be gone before the next starts."""
+    with engine(folder, "native") as llm:
+        return outputs(llm), llm.apply_model(_native_norms)[0]
+
+
 def families(root: Path, names: str) -> dict[str, Any]:
     """Original and folded, by vLLM's norms and by ours; ours against vLLM's in fp32."""
     found = {}
     for name in names.split(","):
         original, folded = root / name, root / f"{name}-folded"
-        stock = run(original)
-        fold_at_load = run(original, "native")
+        stock, fold_at_load = run(original), run(original, "native")
         found[name] = {
             "stock": compare(stock, run(folded)),
-            "native": compare(fold_at_load, run(folded, "native")),
             "native_runs": compare(stock, fold_at_load),
         }
-        if name in ("gemma2", "gemma3_text", "qwen3_5_text"):
+        native, found[name]["native_norms"] = _run_native(folded)
+        found[name]["native"] = compare(fold_at_load, native)
+        if name in ("gemma", "gemma2", "gemma3_text"):
             precise = run(original, dtype="float32")
             found[name]["fp32"] = compare(precise, run(folded, "native", dtype="float32"))
     return found
@@ -131,7 +138,8 @@ def reloads(root: Path) -> dict[str, Any]:
     def each(mode: str) -> dict[str, Any]:  # the engine must be gone before the next one starts
         want, want_other = run(original, mode), run(other, mode)
         with engine(folded, mode) as llm:
-            return _reload_each(llm, folded, other, other_folded, want, want_other)
+            steps = _reload_each(llm, folded, other, other_folded, want, want_other)
+        return {"differ": want != want_other, "steps": steps}
 
     return {mode: each(mode) for mode in ("stock", "native")}
 
@@ -184,6 +192,14 @@ def _kernel_format(llm: Any, raw: Any, gammas: Any) -> dict[str, Any]:
             same = bool((llm.apply_model(_first_norm)[0] == before).all())
             verdicts[what] = f"refused: {error}" if same else "damaged"
     return verdicts
+
+
+def _native_norms(model: Any) -> int:
+    return sum(hasattr(module, "gamma") for module in model.modules())
+
+
+def _reducing_norms(model: Any) -> int:
+    return sum(bool(getattr(module, "workspace", None)) for module in model.modules())
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -248,9 +264,9 @@ def compiled(root: Path) -> dict[str, Any]:
     return found
 
 
-def processes(original: Path, folded: Path) -> dict[str, Any]:
-    """vLLM as it comes, every worker a process of its own."""
-    return {"stock": compare(run(original), run(folded))}
+def missing(root: Path) -> dict[str, Any]:
+    """What vLLM says of a folded checkpoint without the plug-in."""
+    return {"message": _message(lambda: run(root / "gemma3_text-folded"))}
 
 
 def tensor_parallel(root: Path) -> dict[str, Any]:
@@ -259,14 +275,16 @@ def tensor_parallel(root: Path) -> dict[str, Any]:
     options = {"tensor_parallel_size": 2}
     stock = run(original, **options)
     native = run(original, "native", **options)
-    return {
-        "stock": compare(stock, run(folded, **options)),
-        "native": compare(native, run(folded, "native", **options)),
-        "native_runs": compare(stock, native),
-    }
+    with engine(folded, "native", **options) as llm:
+        return {
+            "native": compare(native, outputs(llm)),
+            "native_runs": compare(stock, native),
+            "stock": compare(stock, run(folded, **options)),
+            "reducing_norms": llm.apply_model(_reducing_norms),
+        }
 
 
-JOBS = (families, reloads, refusals, others, compiled, processes, tensor_parallel)
+JOBS = (families, reloads, refusals, others, missing, compiled, tensor_parallel)
 
 
 def main() -> None:
