@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo   a real Gemma 3 270M: inspect, convert, verify, unfold, generate, diff"
-	@echo "make test   every test this machine can run"
+	@echo "make test   every test this machine can run; make engines: those of vLLM alone"
 	@echo "make check  ruff and mypy"
 
 venv: .venv/.complete
@@ -52,8 +52,9 @@ engines: $(VLLM)/.complete .cache/gemma-3-270m
 	$(VLLM)/bin/pytest -m engine tests/engines/test_vllm.py
 
 test: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
-	$(OLDEST)/bin/pytest -m "" tests/test_runtime*.py tests/test_unaware_loaders.py
-	$(BIN)/pytest -m ""
+	$(OLDEST)/bin/pytest -m "not engine" tests/test_runtime*.py tests/test_unaware_loaders.py
+	$(BIN)/pytest -m "not engine"
+	$(MAKE) engines
 
 test-fast: venv
 	$(BIN)/pytest

@@ -258,7 +258,6 @@ def test_torch_compile(models: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     found = work("tensor_parallel", tmp_path_factory.mktemp("tp"), models, processes=True)
     assert_identical(found["stock"])
-    assert_identical(found["native"])
     assert_close(found["native_runs"], 0.25)
     assert found["reducing_norms"] == [4, 4]  # two layers, two projections each
 
