@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from vllm_processors import save_processor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny
@@ -42,11 +44,25 @@ def _widen(config: dict[str, Any], *, text: bool = True) -> dict[str, Any]:
 
 
 def save(model_type: str, folder: Path, seed: int = 0) -> Path:
-    """Write a bf16 checkpoint of the family, as transformers writes it."""
+    """Write a bf16 checkpoint of the family, as it is published, with its processor."""
     original = tiny.CONFIGS[model_type]
-    tiny.CONFIGS[model_type] = {"vocab_size": VOCAB, **_widen(original)}
+    config = {"vocab_size": VOCAB, **_widen(original)}
+    if model_type == "gemma3":
+        config["vision_config"]["vision_use_head"] = False
+    tiny.CONFIGS[model_type] = config
     try:
         tiny.build(model_type, torch.bfloat16, seed).save_pretrained(folder)
     finally:
         tiny.CONFIGS[model_type] = original
+    if model_type in ("gemma3", "paligemma"):
+        _restore_names(folder / "model.safetensors")
+    save_processor(model_type, folder, VOCAB)
     return folder
+
+
+def _restore_names(file: Path) -> None:
+    """The names of the vision tower that published checkpoints have and vLLM reads."""
+    tensors = load_file(file)
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    renamed = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    save_file(renamed, file, {"format": "pt"})

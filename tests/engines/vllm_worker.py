@@ -19,6 +19,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+#: Where a picture goes, by model type.
+PICTURES = {
+    "gemma3": (5, 17, 91, 23),
+    "paligemma": (5, 17, 23),
+    "qwen3_5": (5, 17, 92, 90, 93, 23),
+    "qwen3_5_moe": (5, 17, 92, 90, 93, 23),
+}
 PROMPTS = ((5, 17, 99, 23, 4, 61, 7), (300, 2, 41), (8,) * 20, tuple(range(77, 87)))
 TOKENS = 48
 Outputs = list[dict[str, Any]]
@@ -39,7 +46,7 @@ def engine(folder: Path, mode: str | None = None, **options: Any) -> Iterator[An
         "max_model_len": 128,
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 1 << 25,
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not (folder / "tokenizer_config.json").exists(),
         **({"distributed_executor_backend": "uni"} if in_process else {}),
         **options,
     }
@@ -54,7 +61,10 @@ def engine(folder: Path, mode: str | None = None, **options: Any) -> Iterator[An
 
 
 def outputs(llm: Any) -> Outputs:
-    """48 greedy tokens after each prompt, with the top 5 log-probabilities of all positions."""
+    """48 greedy tokens after each prompt, with the top 5 log-probabilities of all positions.
+
+    One more prompt has a picture, if the model sees pictures.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(
@@ -65,7 +75,10 @@ def outputs(llm: Any) -> Outputs:
         logprobs=5,
         prompt_logprobs=5,
     )
-    prompts = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
+    prompts: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
+    picture = PICTURES.get(llm.llm_engine.vllm_config.model_config.hf_config.model_type)
+    if picture:
+        prompts.append({"prompt_token_ids": list(picture), "multi_modal_data": _picture()})
     return [
         {
             "tokens": list(request.outputs[0].token_ids),
@@ -74,6 +87,13 @@ def outputs(llm: Any) -> Outputs:
         }
         for request in llm.generate(prompts, params, use_tqdm=False)
     ]
+
+
+def _picture() -> dict[str, Any]:
+    from PIL import Image
+
+    pixels = torch.arange(8 * 8 * 3, dtype=torch.uint8).view(8, 8, 3)
+    return {"image": Image.fromarray(pixels.numpy())}
 
 
 def _plain(top: Any) -> dict[int, float]:
