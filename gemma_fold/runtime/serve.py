@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gemma_fold.checkpoint import hub
@@ -26,8 +26,8 @@ def serve(
     """Check a folded checkpoint, then serve it over an OpenAI-compatible API until interrupted.
 
     `checkpoint` is a folder or a Hub id (`org/name[@revision]`), which is downloaded. `engine` is
-    one of ENGINES; "auto" is transformers in this release. `engine_args` go to the engine's server
-    as they are.
+    one of ENGINES; "auto" is the first of them that is installed. `engine_args` go to the engine's
+    server as they are.
 
     Raises:
         UsageError: an engine or argument there is not.
@@ -36,14 +36,21 @@ def serve(
     """
     if engine not in ENGINES:
         raise UsageError(f"there is no engine {engine}; choose from {', '.join(ENGINES)}")
-    if engine in ("vllm", "sglang"):
+    engine = _installed() if engine == "auto" else engine
+    if engine == "sglang":
         raise UsageError(
-            f"{engine} cannot serve folded checkpoints in this release; use --engine transformers"
+            "sglang cannot serve folded checkpoints in this release; "
+            "use --engine vllm or --engine transformers"
         )
     folder = _folder(os.fspath(checkpoint))
     open_folded(folder)
     _check_port(host, port)
-    _serve_transformers(folder, host, port, engine_args)
+    _SERVERS[engine](folder, host, port, engine_args)
+
+
+def _installed() -> str:
+    """The first engine that is installed; transformers, which says what to do, where none is."""
+    return next((name for name in _SERVERS if importlib.util.find_spec(name)), "transformers")
 
 
 def _folder(checkpoint: str) -> Path:
@@ -68,6 +75,12 @@ def _check_port(host: str, port: int) -> None:
         raise EnvironmentProblem(
             f"cannot listen on {host}:{port}: {reason}; choose another --host or --port"
         ) from error
+
+
+def _serve_vllm(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
+    from gemma_fold.runtime.vllm.server import serve
+
+    serve(folder, host, port, arguments)
 
 
 def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
@@ -98,3 +111,10 @@ def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[
         if message is None:
             raise
         raise UsageError(f"transformers serve: {message()}") from error
+
+
+#: By engine, in the order in which "auto" looks for them.
+_SERVERS: dict[str, Callable[[Path, str, int, Sequence[str]], None]] = {
+    "vllm": _serve_vllm,
+    "transformers": _serve_transformers,
+}
