@@ -7,123 +7,16 @@ RESULT as JSON; the test judges it.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-
-#: Where a picture goes, by model type.
-PICTURES = {
-    "gemma3": (5, 17, 91, 23),
-    "paligemma": (5, 17, 23),
-    "qwen3_5": (5, 17, 92, 90, 93, 23),
-    "qwen3_5_moe": (5, 17, 92, 90, 93, 23),
-}
-PROMPTS = ((5, 17, 99, 23, 4, 61, 7), (300, 2, 41), (8,) * 20, tuple(range(77, 87)))
-TOKENS = 48
-Outputs = list[dict[str, Any]]
-
-
-@contextmanager
-def engine(folder: Path, mode: str | None = None, **options: Any) -> Iterator[Any]:
-    """A vLLM engine. `mode` is GEMMA_FOLD; None leaves it unset."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    os.environ.pop("GEMMA_FOLD", None)
-    if mode is not None:
-        os.environ["GEMMA_FOLD"] = mode
-    in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
-    settings = {
-        "enforce_eager": True,
-        "max_model_len": 128,
-        "max_num_seqs": 8,
-        "kv_cache_memory_bytes": 1 << 25,
-        "skip_tokenizer_init": not (folder / "tokenizer_config.json").exists(),
-        **({"distributed_executor_backend": "uni"} if in_process else {}),
-        **options,
-    }
-    llm = LLM(str(folder), **settings)
-    try:
-        yield llm
-    finally:
-        del llm
-        gc.collect()
-        if in_process:
-            cleanup_dist_env_and_memory()
-
-
-def outputs(llm: Any) -> Outputs:
-    """48 greedy tokens after each prompt, with the top 5 log-probabilities of all positions.
-
-    One more prompt has a picture, if the model sees pictures.
-    """
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=TOKENS,
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=5,
-        prompt_logprobs=5,
-    )
-    prompts: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
-    picture = PICTURES.get(llm.llm_engine.vllm_config.model_config.hf_config.model_type)
-    if picture:
-        prompts.append({"prompt_token_ids": list(picture), "multi_modal_data": _picture()})
-    return [
-        {
-            "tokens": list(request.outputs[0].token_ids),
-            "logprobs": [_plain(top) for top in request.outputs[0].logprobs],
-            "prompt": [_plain(top) for top in request.prompt_logprobs if top],
-        }
-        for request in llm.generate(prompts, params, use_tqdm=False)
-    ]
-
-
-def _picture() -> dict[str, Any]:
-    from PIL import Image
-
-    pixels = torch.arange(8 * 8 * 3, dtype=torch.uint8).view(8, 8, 3)
-    return {"image": Image.fromarray(pixels.numpy())}
-
-
-def _plain(top: Any) -> dict[int, float]:
-    return {token: entry.logprob for token, entry in top.items()}
-
-
-def compare(a: Outputs, b: Outputs) -> dict[str, Any]:
-    """How many tokens differ, and the largest difference of a log-probability of the prompts."""
-    pairs = list(zip(a, b, strict=True))
-    tokens = [
-        (x, y) for one, two in pairs for x, y in zip(one["tokens"], two["tokens"], strict=True)
-    ]
-    differences = [
-        abs(top[token] - other[token])
-        for one, two in pairs
-        for top, other in zip(one["prompt"], two["prompt"], strict=True)
-        for token in top.keys() & other.keys()
-    ]
-    return {
-        "identical": a == b,
-        "tokens": len(tokens),
-        "different_tokens": sum(x != y for x, y in tokens),
-        "max_logprob_difference": max(differences),
-        "distinct_tokens": len({x for x, _ in tokens}),
-    }
-
-
-def run(folder: Path, mode: str | None = None, **options: Any) -> Outputs:
-    with engine(folder, mode, **options) as llm:
-        return outputs(llm)
+from vllm_engine import Outputs, compare, engine, outputs, run
 
 
 def _run_native(folder: Path) -> tuple[Outputs, int]:
@@ -301,7 +194,85 @@ def tensor_parallel(root: Path) -> dict[str, Any]:
     return found
 
 
-JOBS = (families, reloads, refusals, others, missing, compiled, tensor_parallel)
+def drafts(original: Path, folded: Path) -> dict[str, Any]:
+    """Multi-token prediction: what comes out, how much was accepted, and the draft's norms."""
+    found: dict[str, Any] = {}
+    for mode in ("stock", "native"):
+        want, accepted, weights = _speculate(original, mode)
+        said, taken, norms = _speculate(folded, mode)
+        found[mode] = {
+            **compare(want, said),
+            "accepted": [accepted, taken],
+            "norms": len(norms),
+            "norms_equal": norms == weights,
+        }
+    return found
+
+
+def _speculate(folder: Path, mode: str | None = None) -> tuple[Outputs, dict[str, float], Any]:
+    speculation = {"method": "mtp", "num_speculative_tokens": 2}
+    with engine(folder, mode, speculative_config=speculation, disable_log_stats=False) as llm:
+        said = outputs(llm)
+        counts = {
+            metric.name: metric.value
+            for metric in llm.get_metrics()
+            if metric.name.startswith("vllm:spec_decode") and hasattr(metric, "value")
+        }
+        return said, counts, llm.collective_rpc(_draft_norms)[0]
+
+
+def _draft_norms(worker: Any) -> dict[str, list[float]]:
+    return {
+        name: parameter.detach().float().flatten().tolist()
+        for name, parameter in worker.model_runner.drafter.model.named_parameters()
+        if "norm" in name
+    }
+
+
+def adapters(root: Path, adapter: Path, with_norms: Path) -> dict[str, Any]:
+    """LoRA on the original and on the folded checkpoint."""
+    original, folded = root / "gemma3_text", root / "gemma3_text-folded"
+
+    def adapted(folder: Path, mode: str | None = None) -> Outputs:
+        with engine(folder, mode, enable_lora=True) as llm:
+            return outputs(llm, adapter)
+
+    def refused() -> Outputs:
+        with engine(folded, enable_lora=True) as llm:
+            return outputs(llm, with_norms)
+
+    stock = adapted(original)
+    return {
+        "acts": compare(run(original), stock),
+        "stock": compare(stock, adapted(folded)),
+        "native_runs": compare(stock, adapted(folded, "native")),
+        "with_norms": _message(refused),
+    }
+
+
+def pipeline(root: Path) -> dict[str, Any]:
+    """Two stages of two layers each."""
+    folded, original = root / "gemma3_deep-folded", root / "gemma3_deep"
+    options = {"pipeline_parallel_size": 2}
+    stock = run(original, **options)
+    return {
+        "stock": compare(stock, run(folded, **options)),
+        "native_runs": compare(stock, run(folded, "native", **options)),
+    }
+
+
+JOBS = (
+    drafts,
+    adapters,
+    pipeline,
+    families,
+    reloads,
+    refusals,
+    others,
+    missing,
+    compiled,
+    tensor_parallel,
+)
 
 
 def main() -> None:
