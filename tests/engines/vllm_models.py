@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,23 @@ def save_adapter(folder: Path, original: Path, *, norms: bool = False) -> Path:
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(values))
     return folder
+
+
+def quantize(source: Path, folder: Path) -> None:
+    """A copy with fp8 projections, one scale each."""
+    shutil.copytree(source, folder)
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            scale = tensor.abs().max().float() / torch.finfo(torch.float8_e4m3fn).max
+            out[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            out[f"{name}_scale"] = scale
+        else:
+            out[name] = tensor
+    save_file(out, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _restore_names(file: Path) -> None:

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from vllm_engine import Outputs, compare, engine, outputs, run
+from vllm_probes import draft_norms, first_norm, native_norms, reducing_norms
 
 
 def _run_native(folder: Path) -> tuple[Outputs, int]:
     """The outputs, and how many norms hold gamma. An engine must be gone before the next starts."""
     with engine(folder, "native") as llm:
-        return outputs(llm), llm.apply_model(_native_norms)[0]
+        return outputs(llm), llm.apply_model(native_norms)[0]
 
 
 def families(root: Path, names: str) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def _reload_each(
     }
     norms = {n: t for n, t in tensors(other_folded).items() if t.shape[1:] == (1,)}
     llm.apply_model(lambda model: model.load_weights(iter(norms.items())) and None)
-    weight = llm.apply_model(_first_norm)[0]
+    weight = llm.apply_model(first_norm)[0]
     gamma = norms["model.layers.0.input_layernorm.weight"].view(-1)
     steps["norms alone"] = {"taken": bool((weight == gamma).all())}
     steps["kernel format"] = _kernel_format(llm, tensors(other), tensors(other_folded))
@@ -91,7 +92,7 @@ def _reload_each(
 def _kernel_format(llm: Any, raw: Any, gammas: Any) -> dict[str, Any]:
     """Updates that bypass the loaders: what the parameter does not hold must be refused."""
     name = "model.layers.0.input_layernorm.weight"
-    before = llm.apply_model(_first_norm)[0]
+    before = llm.apply_model(first_norm)[0]
     verdicts = {}
     for what, tensor in {"raw": raw[name], "gamma": gammas[name]}.items():
         try:
@@ -99,20 +100,12 @@ def _kernel_format(llm: Any, raw: Any, gammas: Any) -> dict[str, Any]:
                 "reload_weights",
                 kwargs={"weights_iterator": [(name, tensor)], "is_checkpoint_format": False},
             )
-            taken = bool((llm.apply_model(_first_norm)[0] == gammas[name].view(-1)).all())
+            taken = bool((llm.apply_model(first_norm)[0] == gammas[name].view(-1)).all())
             verdicts[what] = "taken" if taken else "wrong"
         except Exception as error:
-            same = bool((llm.apply_model(_first_norm)[0] == before).all())
+            same = bool((llm.apply_model(first_norm)[0] == before).all())
             verdicts[what] = f"refused: {error}" if same else "damaged"
     return verdicts
-
-
-def _native_norms(model: Any) -> int:
-    return sum(hasattr(module, "gamma") for module in model.modules())
-
-
-def _reducing_norms(model: Any) -> int:
-    return sum(bool(getattr(module, "workspace", None)) for module in model.modules())
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -125,12 +118,6 @@ def _norm_storage(llm: Any) -> list[int]:
         return [p.data_ptr() for n, p in model.named_parameters() if n.endswith("norm.weight")]
 
     return llm.apply_model(pointers)[0]
-
-
-def _first_norm(model: Any) -> torch.Tensor:
-    """The gain of the first norm, fp32 [H], whatever the module holds."""
-    weight = model.model.layers[0].input_layernorm.weight.detach()
-    return weight.view(-1).clone() if weight.dim() == 2 else weight.float() + 1.0
 
 
 def refusals(root: Path) -> dict[str, Any]:
@@ -151,13 +138,17 @@ def _message(action: Callable[[], Any]) -> str:
 
 
 def others(root: Path) -> dict[str, Any]:
-    """Two models in one process, and the Transformers backend."""
+    """Two models in one process, the Transformers backend, and an fp8 original."""
     folded, original = root / "gemma3_text-folded", root / "gemma3_text"
     want = run(original)
     found: dict[str, Any] = {}
     backend = {"model_impl": "transformers"}
     found["transformers"] = compare(run(original, **backend), run(folded, **backend))
     found["after"] = compare(want, run(original))
+    quantized = run(root / "gemma3_fp8")
+    found["fp8"] = compare(quantized, run(root / "gemma3_fp8-folded"))
+    found["fp8_native"] = compare(quantized, run(root / "gemma3_fp8-folded", "native"))
+    found["fp8_differs"] = quantized != want
     return found
 
 
@@ -190,7 +181,7 @@ def tensor_parallel(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"stock": compare(stock, run(folded, **options))}
     with engine(folded, "native", **options) as llm:
         found["native_runs"] = compare(stock, outputs(llm))
-        found["reducing_norms"] = llm.apply_model(_reducing_norms)
+        found["reducing_norms"] = llm.apply_model(reducing_norms)
     return found
 
 
@@ -211,22 +202,15 @@ def drafts(original: Path, folded: Path) -> dict[str, Any]:
 
 def _speculate(folder: Path, mode: str | None = None) -> tuple[Outputs, dict[str, float], Any]:
     speculation = {"method": "mtp", "num_speculative_tokens": 2}
-    with engine(folder, mode, speculative_config=speculation, disable_log_stats=False) as llm:
+    options = {"disable_log_stats": False, "enable_prefix_caching": False}
+    with engine(folder, mode, speculative_config=speculation, **options) as llm:
         said = outputs(llm)
         counts = {
             metric.name: metric.value
             for metric in llm.get_metrics()
             if metric.name.startswith("vllm:spec_decode") and hasattr(metric, "value")
         }
-        return said, counts, llm.collective_rpc(_draft_norms)[0]
-
-
-def _draft_norms(worker: Any) -> dict[str, list[float]]:
-    return {
-        name: parameter.detach().float().flatten().tolist()
-        for name, parameter in worker.model_runner.drafter.model.named_parameters()
-        if "norm" in name
-    }
+        return said, counts, llm.collective_rpc(draft_norms)[0]
 
 
 def adapters(root: Path, adapter: Path, with_norms: Path) -> dict[str, Any]:
