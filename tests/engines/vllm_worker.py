@@ -138,17 +138,17 @@ def _message(action: Callable[[], Any]) -> str:
 
 
 def others(root: Path) -> dict[str, Any]:
-    """Two models in one process, the Transformers backend, and an fp8 original."""
+    """Two models in one process, the Transformers backend, and an int8 original."""
     folded, original = root / "gemma3_text-folded", root / "gemma3_text"
     want = run(original)
     found: dict[str, Any] = {}
     backend = {"model_impl": "transformers"}
     found["transformers"] = compare(run(original, **backend), run(folded, **backend))
     found["after"] = compare(want, run(original))
-    quantized = run(root / "gemma3_fp8")
-    found["fp8"] = compare(quantized, run(root / "gemma3_fp8-folded"))
-    found["fp8_native"] = compare(quantized, run(root / "gemma3_fp8-folded", "native"))
-    found["fp8_differs"] = quantized != want
+    quantized = run(root / "gemma3_int8")
+    found["int8"] = compare(quantized, run(root / "gemma3_int8-folded"))
+    found["int8_native"] = compare(quantized, run(root / "gemma3_int8-folded", "native"))
+    found["int8_differs"] = quantized != want
     return found
 
 
@@ -234,21 +234,9 @@ def adapters(root: Path, adapter: Path, with_norms: Path) -> dict[str, Any]:
     }
 
 
-def pipeline(root: Path) -> dict[str, Any]:
-    """Two stages of two layers each."""
-    folded, original = root / "gemma3_deep-folded", root / "gemma3_deep"
-    options = {"pipeline_parallel_size": 2}
-    stock = run(original, **options)
-    return {
-        "stock": compare(stock, run(folded, **options)),
-        "native_runs": compare(stock, run(folded, "native", **options)),
-    }
-
-
 JOBS = (
     drafts,
     adapters,
-    pipeline,
     families,
     reloads,
     refusals,
