@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ FAMILIES = (
     "qwen3_next",
     "qwen3_5_text",
     "qwen3_5_moe_text",
+    "gemma3",
+    "paligemma",
+    "qwen3_5",
+    "qwen3_5_moe",
     "nemotron",
 )
 NATIVE = FAMILIES[:-1]
@@ -86,7 +91,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_identical(found: dict[str, Any]) -> None:
-    assert found["tokens"] == TOKENS
+    assert found["tokens"] >= TOKENS
     assert found["different_tokens"] == 0
     assert found["max_logprob_difference"] == 0.0
     assert found["identical"]
@@ -118,7 +123,7 @@ def test_native_mode_folds_an_original_at_load_to_the_same_bits(families: Any, n
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_native_mode_says_what_stock_norms_say(families: Any, name: str) -> None:
-    assert_close(families[name]["native_runs"], 0.25)  # bf16, where the roundings differ
+    assert_close(families[name]["native_runs"], 0.05)  # bf16, where the roundings differ
     if "fp32" in families[name]:
         assert_close(families[name]["fp32"], 1e-4)
 
@@ -230,12 +235,17 @@ def test_without_the_plugin_vllm_stops_at_start(
 # --- several models, compilation, tensor parallelism ---------------------------------------------
 
 
-def test_models_of_both_kinds_in_one_process_and_of_transformers(
+def test_models_of_both_kinds_in_one_process_and_of_transformers_and_quantized(
     models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    vllm_models.quantize(models / "gemma3_text", models / "gemma3_int8")
+    convert(models / "gemma3_int8", models / "gemma3_int8-folded")
     found = work("others", tmp_path_factory.mktemp("others"), models)
     assert_identical(found["transformers"])
     assert_identical(found["after"])
+    assert found["int8_differs"], "int8 must show"
+    assert_identical(found["int8"])
+    assert_close(found["int8_native"], 0.05)
 
 
 def test_torch_compile(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -244,15 +254,43 @@ def test_torch_compile(models: Path, tmp_path_factory: pytest.TempPathFactory) -
     found = work("compiled", folder, models, VLLM_CACHE_ROOT=cache)
     assert_identical(found["stock"])
     assert_identical(found["native"])
-    assert_close(found["native_runs"], 0.25)
-    assert_close(found["fused_qk"], 0.25)
+    assert_close(found["native_runs"], 0.05)
+    assert_close(found["fused_qk"], 0.05)
 
 
 def test_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     found = work("tensor_parallel", tmp_path_factory.mktemp("tp"), models, processes=True)
     assert_identical(found["stock"])
-    assert_close(found["native_runs"], 0.25)
+    assert_close(found["native_runs"], 0.05)
     assert found["reducing_norms"] == [4, 4]  # two layers, two projections each
+
+
+# --- drafts and adapters -------------------------------------------------------------------------
+
+
+def test_multi_token_prediction(tmp_path: Path) -> None:
+    original, folded = tmp_path / "original", tmp_path / "folded"
+    vllm_models.save("qwen3_5_text", original)
+    vllm_models.add_draft(original)
+    convert(original, folded)
+    found = work("drafts", tmp_path, original, folded)
+    for mode in ("stock", "native"):
+        assert_identical(found[mode])
+        assert found[mode]["norms"] == 7  # two of the layer, q, k, and three around it
+        assert found[mode]["norms_equal"], "the draft's norms are not those of the original"
+        want, got = found[mode]["accepted"]
+        assert want == got and want["vllm:spec_decode_num_draft_tokens"] > 0
+
+
+def test_adapters(models: Path, tmp_path: Path) -> None:
+    original = models / "gemma3_text"
+    adapter = vllm_models.save_adapter(tmp_path / "adapter", original)
+    with_norms = vllm_models.save_adapter(tmp_path / "norms", original, norms=True)
+    found = work("adapters", tmp_path, models, adapter, with_norms)
+    assert not found["acts"]["identical"], "the adapter must show"
+    assert_identical(found["stock"])
+    assert_close(found["native_runs"], 0.05)
+    assert "modules_to_save" in found["with_norms"]
 
 
 # --- the real 270M, through the commands ---------------------------------------------------------
@@ -298,10 +336,12 @@ def folded_270m(real_270m: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def report(*arguments: str | Path) -> Any:
-    """What `gemma-fold diff --json` finds of two sides that are the same."""
+def report(text: Path, *arguments: str | Path) -> Any:
+    """What `gemma-fold diff --json` finds of two sides that are the same, over a short text."""
+    text.write_text(files("gemma_fold.diff").joinpath("text.txt").read_text("utf-8")[:1500])
+    options = ("--text", text, "--new-tokens", "16", "--no-noise-floor", "--json")
     done = subprocess.run(
-        command("diff", *arguments, "--json"),
+        command("diff", *arguments, *options),
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
@@ -326,11 +366,11 @@ def test_served_alike(real_270m: Path, folded_270m: Path, tmp_path: Path) -> Non
         server(stock, tmp_path / "stock.log") as a,
         server([*ours, *options], tmp_path / "ours.log") as b,
     ):
-        found = report(a, b, "--timeout", "600")
+        found = report(tmp_path / "text", a, b, "--timeout", "600")
     assert_same_outputs(found)
 
 
-def test_diff_runs_vllm(real_270m: Path, folded_270m: Path) -> None:
-    found = report(real_270m, folded_270m, "--engine", "vllm", "--context", "256")
+def test_diff_runs_vllm(real_270m: Path, folded_270m: Path, tmp_path: Path) -> None:
+    found = report(tmp_path / "text", real_270m, folded_270m, "--engine", "vllm")
     assert_same_outputs(found)
     assert found["outputs"]["engines"] == ["vllm, bfloat16 on cpu"] * 2

@@ -7,129 +7,23 @@ RESULT as JSON; the test judges it.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-
-#: Where a picture goes, by model type.
-PICTURES = {
-    "gemma3": (5, 17, 91, 23),
-    "paligemma": (5, 17, 23),
-    "qwen3_5": (5, 17, 92, 90, 93, 23),
-    "qwen3_5_moe": (5, 17, 92, 90, 93, 23),
-}
-PROMPTS = ((5, 17, 99, 23, 4, 61, 7), (300, 2, 41), (8,) * 20, tuple(range(77, 87)))
-TOKENS = 48
-Outputs = list[dict[str, Any]]
-
-
-@contextmanager
-def engine(folder: Path, mode: str | None = None, **options: Any) -> Iterator[Any]:
-    """A vLLM engine. `mode` is GEMMA_FOLD; None leaves it unset."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    os.environ.pop("GEMMA_FOLD", None)
-    if mode is not None:
-        os.environ["GEMMA_FOLD"] = mode
-    in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
-    settings = {
-        "enforce_eager": True,
-        "max_model_len": 128,
-        "max_num_seqs": 8,
-        "kv_cache_memory_bytes": 1 << 25,
-        "skip_tokenizer_init": not (folder / "tokenizer_config.json").exists(),
-        **({"distributed_executor_backend": "uni"} if in_process else {}),
-        **options,
-    }
-    llm = LLM(str(folder), **settings)
-    try:
-        yield llm
-    finally:
-        del llm
-        gc.collect()
-        if in_process:
-            cleanup_dist_env_and_memory()
-
-
-def outputs(llm: Any) -> Outputs:
-    """48 greedy tokens after each prompt, with the top 5 log-probabilities of all positions.
-
-    One more prompt has a picture, if the model sees pictures.
-    """
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=TOKENS,
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=5,
-        prompt_logprobs=5,
-    )
-    prompts: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
-    picture = PICTURES.get(llm.llm_engine.vllm_config.model_config.hf_config.model_type)
-    if picture:
-        prompts.append({"prompt_token_ids": list(picture), "multi_modal_data": _picture()})
-    return [
-        {
-            "tokens": list(request.outputs[0].token_ids),
-            "logprobs": [_plain(top) for top in request.outputs[0].logprobs],
-            "prompt": [_plain(top) for top in request.prompt_logprobs if top],
-        }
-        for request in llm.generate(prompts, params, use_tqdm=False)
-    ]
-
-
-def _picture() -> dict[str, Any]:
-    from PIL import Image
-
-    pixels = torch.arange(8 * 8 * 3, dtype=torch.uint8).view(8, 8, 3)
-    return {"image": Image.fromarray(pixels.numpy())}
-
-
-def _plain(top: Any) -> dict[int, float]:
-    return {token: entry.logprob for token, entry in top.items()}
-
-
-def compare(a: Outputs, b: Outputs) -> dict[str, Any]:
-    """How many tokens differ, and the largest difference of a log-probability of the prompts."""
-    pairs = list(zip(a, b, strict=True))
-    tokens = [
-        (x, y) for one, two in pairs for x, y in zip(one["tokens"], two["tokens"], strict=True)
-    ]
-    differences = [
-        abs(top[token] - other[token])
-        for one, two in pairs
-        for top, other in zip(one["prompt"], two["prompt"], strict=True)
-        for token in top.keys() & other.keys()
-    ]
-    return {
-        "identical": a == b,
-        "tokens": len(tokens),
-        "different_tokens": sum(x != y for x, y in tokens),
-        "max_logprob_difference": max(differences),
-        "distinct_tokens": len({x for x, _ in tokens}),
-    }
-
-
-def run(folder: Path, mode: str | None = None, **options: Any) -> Outputs:
-    with engine(folder, mode, **options) as llm:
-        return outputs(llm)
+from vllm_engine import Outputs, compare, engine, outputs, run
+from vllm_probes import draft_norms, first_norm, native_norms, reducing_norms
 
 
 def _run_native(folder: Path) -> tuple[Outputs, int]:
     """The outputs, and how many norms hold gamma. An engine must be gone before the next starts."""
     with engine(folder, "native") as llm:
-        return outputs(llm), llm.apply_model(_native_norms)[0]
+        return outputs(llm), llm.apply_model(native_norms)[0]
 
 
 def families(root: Path, names: str) -> dict[str, Any]:
@@ -188,7 +82,7 @@ def _reload_each(
     }
     norms = {n: t for n, t in tensors(other_folded).items() if t.shape[1:] == (1,)}
     llm.apply_model(lambda model: model.load_weights(iter(norms.items())) and None)
-    weight = llm.apply_model(_first_norm)[0]
+    weight = llm.apply_model(first_norm)[0]
     gamma = norms["model.layers.0.input_layernorm.weight"].view(-1)
     steps["norms alone"] = {"taken": bool((weight == gamma).all())}
     steps["kernel format"] = _kernel_format(llm, tensors(other), tensors(other_folded))
@@ -198,7 +92,7 @@ def _reload_each(
 def _kernel_format(llm: Any, raw: Any, gammas: Any) -> dict[str, Any]:
     """Updates that bypass the loaders: what the parameter does not hold must be refused."""
     name = "model.layers.0.input_layernorm.weight"
-    before = llm.apply_model(_first_norm)[0]
+    before = llm.apply_model(first_norm)[0]
     verdicts = {}
     for what, tensor in {"raw": raw[name], "gamma": gammas[name]}.items():
         try:
@@ -206,20 +100,12 @@ def _kernel_format(llm: Any, raw: Any, gammas: Any) -> dict[str, Any]:
                 "reload_weights",
                 kwargs={"weights_iterator": [(name, tensor)], "is_checkpoint_format": False},
             )
-            taken = bool((llm.apply_model(_first_norm)[0] == gammas[name].view(-1)).all())
+            taken = bool((llm.apply_model(first_norm)[0] == gammas[name].view(-1)).all())
             verdicts[what] = "taken" if taken else "wrong"
         except Exception as error:
-            same = bool((llm.apply_model(_first_norm)[0] == before).all())
+            same = bool((llm.apply_model(first_norm)[0] == before).all())
             verdicts[what] = f"refused: {error}" if same else "damaged"
     return verdicts
-
-
-def _native_norms(model: Any) -> int:
-    return sum(hasattr(module, "gamma") for module in model.modules())
-
-
-def _reducing_norms(model: Any) -> int:
-    return sum(bool(getattr(module, "workspace", None)) for module in model.modules())
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -232,12 +118,6 @@ def _norm_storage(llm: Any) -> list[int]:
         return [p.data_ptr() for n, p in model.named_parameters() if n.endswith("norm.weight")]
 
     return llm.apply_model(pointers)[0]
-
-
-def _first_norm(model: Any) -> torch.Tensor:
-    """The gain of the first norm, fp32 [H], whatever the module holds."""
-    weight = model.model.layers[0].input_layernorm.weight.detach()
-    return weight.view(-1).clone() if weight.dim() == 2 else weight.float() + 1.0
 
 
 def refusals(root: Path) -> dict[str, Any]:
@@ -258,13 +138,17 @@ def _message(action: Callable[[], Any]) -> str:
 
 
 def others(root: Path) -> dict[str, Any]:
-    """Two models in one process, and the Transformers backend."""
+    """Two models in one process, the Transformers backend, and an int8 original."""
     folded, original = root / "gemma3_text-folded", root / "gemma3_text"
     want = run(original)
     found: dict[str, Any] = {}
     backend = {"model_impl": "transformers"}
     found["transformers"] = compare(run(original, **backend), run(folded, **backend))
     found["after"] = compare(want, run(original))
+    quantized = run(root / "gemma3_int8")
+    found["int8"] = compare(quantized, run(root / "gemma3_int8-folded"))
+    found["int8_native"] = compare(quantized, run(root / "gemma3_int8-folded", "native"))
+    found["int8_differs"] = quantized != want
     return found
 
 
@@ -297,11 +181,70 @@ def tensor_parallel(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"stock": compare(stock, run(folded, **options))}
     with engine(folded, "native", **options) as llm:
         found["native_runs"] = compare(stock, outputs(llm))
-        found["reducing_norms"] = llm.apply_model(_reducing_norms)
+        found["reducing_norms"] = llm.apply_model(reducing_norms)
     return found
 
 
-JOBS = (families, reloads, refusals, others, missing, compiled, tensor_parallel)
+def drafts(original: Path, folded: Path) -> dict[str, Any]:
+    """Multi-token prediction: what comes out, how much was accepted, and the draft's norms."""
+    found: dict[str, Any] = {}
+    for mode in ("stock", "native"):
+        want, accepted, weights = _speculate(original, mode)
+        said, taken, norms = _speculate(folded, mode)
+        found[mode] = {
+            **compare(want, said),
+            "accepted": [accepted, taken],
+            "norms": len(norms),
+            "norms_equal": norms == weights,
+        }
+    return found
+
+
+def _speculate(folder: Path, mode: str | None = None) -> tuple[Outputs, dict[str, float], Any]:
+    speculation = {"method": "mtp", "num_speculative_tokens": 2}
+    options = {"disable_log_stats": False, "enable_prefix_caching": False}
+    with engine(folder, mode, speculative_config=speculation, **options) as llm:
+        said = outputs(llm)
+        counts = {
+            metric.name: metric.value
+            for metric in llm.get_metrics()
+            if metric.name.startswith("vllm:spec_decode") and hasattr(metric, "value")
+        }
+        return said, counts, llm.collective_rpc(draft_norms)[0]
+
+
+def adapters(root: Path, adapter: Path, with_norms: Path) -> dict[str, Any]:
+    """LoRA on the original and on the folded checkpoint."""
+    original, folded = root / "gemma3_text", root / "gemma3_text-folded"
+
+    def adapted(folder: Path, mode: str | None = None) -> Outputs:
+        with engine(folder, mode, enable_lora=True) as llm:
+            return outputs(llm, adapter)
+
+    def refused() -> Outputs:
+        with engine(folded, enable_lora=True) as llm:
+            return outputs(llm, with_norms)
+
+    stock = adapted(original)
+    return {
+        "acts": compare(run(original), stock),
+        "stock": compare(stock, adapted(folded)),
+        "native_runs": compare(stock, adapted(folded, "native")),
+        "with_norms": _message(refused),
+    }
+
+
+JOBS = (
+    drafts,
+    adapters,
+    families,
+    reloads,
+    refusals,
+    others,
+    missing,
+    compiled,
+    tensor_parallel,
+)
 
 
 def main() -> None:
