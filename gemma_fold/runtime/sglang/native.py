@@ -1,0 +1,107 @@
+"""SGLang's zero-centred norms on gemma-fold's kernels, which take the fp32 gain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_fold import ops
+from gemma_fold.kernels import layout
+from gemma_fold.ops import AllReduceWorkspace
+from gemma_fold.runtime.sglang.flashinfer import attention_group_size
+from gemma_fold.runtime.sglang.norms import GainedNorm
+
+
+class NativeNorm(GainedNorm):
+    """A zero-centred norm that runs gemma-fold's kernels on its gain.
+
+    Attributes:
+        workspace: name of the attention group's all-reduce workspace, or None: one rank.
+    """
+
+    workspace: str | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        post_residual_addition: Tensor | None = None,
+    ) -> Any:
+        """``x``, ``residual``: [..., H]. Returns the norm of ``x``, or of the sum and the sum."""
+        if not takes(x, residual):
+            return self.stock_forward(x, residual, post_residual_addition)
+        if residual is None:
+            return rms_norm(x, self.gamma32, self.epsilon)
+        if post_residual_addition is not None:
+            residual = residual + post_residual_addition
+        return ops.add_rms_norm(x, residual, self.gamma32, self.epsilon)
+
+    def stock_forward(self, x: Tensor, residual: Tensor | None, addition: Tensor | None) -> Any:
+        """SGLang's own forward; it has the third argument in some of its classes only."""
+        rest = (addition,) if addition is not None else ()
+        return super().forward(x, residual, *rest)
+
+    def forward_with_allreduce_fusion(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        post_residual_addition: Tensor | None = None,
+        use_attn_tp_group: bool = True,
+    ) -> Any:
+        """As :meth:`forward`; ``x`` is this rank's part of the attention group's sum.
+
+        `use_attn_tp_group` has no effect, as in SGLang's GemmaRMSNorm.
+        """
+        if residual is None or self.workspace is None or not takes(x, residual):
+            return super().forward_with_allreduce_fusion(  # type: ignore[misc]
+                x, residual, post_residual_addition, use_attn_tp_group
+            )
+        if post_residual_addition is not None:
+            residual = residual + post_residual_addition
+        return ops.all_reduce_add_rms_norm(
+            x, residual, self.gamma32, self.workspace, self.epsilon
+        )
+
+
+def takes(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the kernels take these activations."""
+    return (
+        x.dtype in layout.ACTIVATION_DTYPES
+        and x.shape[-1] <= layout.MAX_HIDDEN
+        and (residual is None or residual.dtype == x.dtype)
+    )
+
+
+def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    """The norm of ``x``, [..., H], in the memory layout of ``x``, as elementwise operators give it.
+
+    The code around transposed query and key heads relies on that layout.
+    """
+    if x.is_contiguous() or x.stride(-1) != 1:
+        return ops.rms_norm(x.contiguous(), gamma, eps)
+    order = sorted(range(x.dim() - 1), key=lambda dim: -x.stride(dim))
+    inverse = [order.index(dim) for dim in range(x.dim() - 1)]
+    normed = ops.rms_norm(x.permute(*order, -1).contiguous(), gamma, eps)
+    return normed.permute(*inverse, -1)
+
+
+def all_reduce_workspace(hidden: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The workspace of the attention group for rows of `hidden`; None for one rank.
+
+    Collective where it is new: every rank builds the same models in the same order.
+    """
+    if attention_group_size() == 1:
+        return None
+    key = (hidden, dtype)
+    if key not in _workspaces:
+        from sglang.srt.distributed.parallel_state import get_attn_tp_group
+
+        _workspaces[key] = AllReduceWorkspace(
+            get_attn_tp_group().device_group, hidden=hidden, dtype=dtype, device=device
+        )
+    return _workspaces[key].name
+
+
+_workspaces: dict[tuple[int, torch.dtype], AllReduceWorkspace] = {}
