@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One thread a process: two test processes share small machines without fighting over cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-fast check docs lock clean
+.PHONY: help venv demo test test-fast test-sglang check docs lock clean
 
 help:
 	@echo "make demo   a real Gemma 3 270M: inspect, convert, verify, unfold, generate, diff"
@@ -38,7 +38,20 @@ $(OLDEST)/.complete: pyproject.toml constraints-transformers-5.17.txt
 		-e '.[transformers,serve]' hypothesis ml_dtypes peft pytest
 	touch $@
 
-test: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
+# SGLang and all it needs on the CPU, and nothing else: its own requirements bring a GPU's.
+SGLANG := .venvs/sglang
+
+$(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_setup.py
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install -q -c constraints-sglang.txt torch
+	$(SGLANG)/bin/pip install -q --no-deps -r constraints-sglang.txt -e .
+	$(SGLANG)/bin/python tests/engines/sglang_setup.py
+	touch $@
+
+test-sglang: $(SGLANG)/.complete .cache/gemma-3-270m
+	$(SGLANG)/bin/pytest -m engine tests/engines/test_sglang.py
+
+test: venv test-sglang $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
 	$(OLDEST)/bin/pytest -m "" tests/test_runtime*.py tests/test_unaware_loaders.py
 	$(BIN)/pytest -m ""
 

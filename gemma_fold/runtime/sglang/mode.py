@@ -23,7 +23,7 @@ class Mode(enum.Enum):
 
     def norm_class(self, norm: nn.Module) -> type[GainedNorm]:
         """What `norm` becomes. One whose class has a forward of its own keeps SGLang's kernels."""
-        from gemma_fold.runtime.sglang.flashinfer import StockNorm
+        from gemma_fold.runtime.sglang.all_reduce import StockNorm
         from gemma_fold.runtime.sglang.native import NativeNorm
 
         replaced = type(norm).__module__ != "sglang.srt.layers.layernorm"
@@ -39,7 +39,7 @@ def mode_of(folded: bool) -> Mode | None:
     """
     value = os.environ.get(VARIABLE, "").strip().lower()
     if value not in ("", "stock", "native"):
-        raise UsageError(f"{VARIABLE}={value} means nothing; set it to native or stock, or unset it")
+        raise UsageError(f"{VARIABLE}={value} means nothing; say native or stock, or unset it")
     if value == "native":
         return Mode.NATIVE
     if not folded:
@@ -49,7 +49,5 @@ def mode_of(folded: bool) -> Mode | None:
 
 def _has_kernels() -> bool:
     return (
-        torch.cuda.is_available()
-        and torch.version.hip is None
-        and find_spec("triton") is not None
+        torch.cuda.is_available() and torch.version.hip is None and find_spec("triton") is not None
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from gemma_fold import ops
 from gemma_fold.kernels import layout
 from gemma_fold.ops import AllReduceWorkspace
-from gemma_fold.runtime.sglang.flashinfer import attention_group_size
+from gemma_fold.runtime.sglang.all_reduce import attention_group_size
 from gemma_fold.runtime.sglang.norms import GainedNorm
 
 
@@ -43,26 +43,10 @@ class NativeNorm(GainedNorm):
         rest = (addition,) if addition is not None else ()
         return super().forward(x, residual, *rest)
 
-    def forward_with_allreduce_fusion(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        post_residual_addition: Tensor | None = None,
-        use_attn_tp_group: bool = True,
-    ) -> Any:
-        """As :meth:`forward`; ``x`` is this rank's part of the attention group's sum.
-
-        `use_attn_tp_group` has no effect, as in SGLang's GemmaRMSNorm.
-        """
-        if residual is None or self.workspace is None or not takes(x, residual):
-            return super().forward_with_allreduce_fusion(  # type: ignore[misc]
-                x, residual, post_residual_addition, use_attn_tp_group
-            )
-        if post_residual_addition is not None:
-            residual = residual + post_residual_addition
-        return ops.all_reduce_add_rms_norm(
-            x, residual, self.gamma32, self.workspace, self.epsilon
-        )
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.workspace is None or not takes(x, residual):
+            return None
+        return ops.all_reduce_add_rms_norm(x, residual, self.gamma32, self.workspace, self.epsilon)
 
 
 def takes(x: Tensor, residual: Tensor | None) -> bool:
@@ -81,7 +65,8 @@ def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
     """
     if x.is_contiguous() or x.stride(-1) != 1:
         return ops.rms_norm(x.contiguous(), gamma, eps)
-    order = sorted(range(x.dim() - 1), key=lambda dim: -x.stride(dim))
+    strides: tuple[int, ...] = x.stride()
+    order = sorted(range(x.dim() - 1), key=lambda dim: -strides[dim])
     inverse = [order.index(dim) for dim in range(x.dim() - 1)]
     normed = ops.rms_norm(x.permute(*order, -1).contiguous(), gamma, eps)
     return normed.permute(*inverse, -1)

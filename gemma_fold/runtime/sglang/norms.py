@@ -9,7 +9,6 @@ dtype, is kept in step too, for the paths that still read it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +40,13 @@ class GainedNorm(nn.Module):
     def epsilon(self) -> float:
         """Added to the mean square."""
         return self.eps if hasattr(self, "eps") else self.variance_epsilon  # type: ignore[return-value]
+
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``x``, [tokens, H], summed over the ranks of an attention and added to ``residual``.
+
+        Returns the norm of that and that, or None to leave it to SGLang.
+        """
+        return None
 
     def load_gain(self, parameter: nn.Parameter, loaded: Tensor) -> None:
         """SGLang's weight loader: `loaded` is fp32 [H, 1], a gamma, or [H], a raw w."""
@@ -78,11 +84,11 @@ class GainedNorm(nn.Module):
 
 def adopt(norm: nn.Module, kind: type[GainedNorm]) -> None:
     """Give the zero-centred `norm` its gain and the methods of `kind`, in place."""
-    weight = norm.weight
+    weight: Any = norm.weight
     gamma = families.fold(weight.detach(), _OFFSET)
     norm.register_buffer("gamma32", gamma, persistent=False)
     norm.__dict__["given"] = False
-    norm.__class__ = _class(kind, type(norm))
+    norm.__class__ = derive(kind, type(norm))
     weight.weight_loader = norm.load_gain
 
 
@@ -102,6 +108,12 @@ def gained_norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-@cache
-def _class(kind: type[GainedNorm], base: type[nn.Module]) -> type[nn.Module]:
-    return type(base.__name__, (kind, base), {"__module__": __name__, "__doc__": base.__doc__})
+def derive(kind: type[GainedNorm], base: type[nn.Module]) -> type[nn.Module]:
+    """The class `base` of SGLang with the methods of `kind` before its own, under its own name."""
+    if (kind, base) not in _derived:
+        body = {"__module__": __name__, "__doc__": base.__doc__}
+        _derived[kind, base] = type(base.__name__, (kind, base), body)
+    return _derived[kind, base]
+
+
+_derived: dict[tuple[type, type], type[nn.Module]] = {}

@@ -14,7 +14,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from gemma_fold.errors import EnvironmentProblem
 from gemma_fold.manifest import MODEL_TYPE
 from gemma_fold.runtime.checks import native_config
-from gemma_fold.runtime.sglang import weights
+from gemma_fold.runtime.sglang import all_reduce, weights
 
 #: Versions whose source was read and whose behaviour was tested.
 TESTED = ("0.5.17", "0.5.21")
@@ -82,6 +82,12 @@ _HOOKS = (
         ("model_config", "load_config"),
     ),
     Hook(f"{_LOADER}.get_model_loader", weights.follow_loader, HookType.AFTER, ("load_config",)),
+    Hook(
+        "sglang.srt.layers.layernorm._forward_with_allreduce_fusion",
+        all_reduce.forward_fused,
+        HookType.AROUND,
+        ("norm_module", "x", "residual", "post_residual_addition", "weight", "use_attn_tp_group"),
+    ),
     Hook(
         f"{_UPDATER}._model_load_weights_direct",
         weights.load_direct,

@@ -24,15 +24,12 @@ from torch import Tensor, nn
 
 from gemma_fold import ops
 from gemma_fold.runtime.sglang.native import NativeNorm, all_reduce_workspace, rms_norm, takes
+from gemma_fold.runtime.sglang.norms import derive
 
 #: sha256 of the statements of known forwards, layout and comments aside, by class.
 _KNOWN = {
-    "Gemma2DecoderLayer": frozenset(
-        {"0"}
-    ),
-    "Gemma3DecoderLayer": frozenset(
-        {"0"}
-    ),
+    "Gemma2DecoderLayer": frozenset({"0"}),
+    "Gemma3DecoderLayer": frozenset({"0"}),
     "Gemma2Model": frozenset({"0"}),
     "Gemma3TextModel": frozenset({"0"}),
 }
@@ -133,8 +130,8 @@ def _pair(model: nn.Module, layer_class: str) -> int:
         return 0
     link = Link(model, _defer_all_reduce(layers))
     for post, pre in norms:
-        post.__class__ = _paired(PostNorm, type(post))
-        pre.__class__ = _paired(PreNorm, type(pre))
+        post.__class__ = derive(PostNorm, type(post).__mro__[2])
+        pre.__class__ = derive(PreNorm, type(pre).__mro__[2])
         post.link = link
         pre.__dict__["post"] = (post,)
     return len(norms)
@@ -151,12 +148,6 @@ def _defer_all_reduce(layers: list[Any]) -> str | None:
         for projection in projections:
             projection.reduce_results = False
     return workspace
-
-
-@cache
-def _paired(kind: type[NativeNorm], native: type[NativeNorm]) -> type[NativeNorm]:
-    base = native.__mro__[2]
-    return type(base.__name__, (kind, base), {"__module__": __name__, "__doc__": base.__doc__})
 
 
 def _is_known(module: nn.Module) -> bool:

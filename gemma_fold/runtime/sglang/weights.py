@@ -135,7 +135,7 @@ def check_complete(model: nn.Module) -> None:
 
 
 def _accept_gammas(model: nn.Module, state: FoldedWeights) -> None:
-    load_weights = model.load_weights
+    load_weights: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
 
     @wraps(load_weights)
     def load_unfolded(weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:

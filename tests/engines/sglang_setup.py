@@ -18,7 +18,7 @@ if not _has_ops():  # added: declared, so that their shapes can be registered
     for _name in ("nms", "qnms"):
         _declared.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
-_VLLM_OPS = '''"""Stands in for vLLM's operators, which SGLang imports and these tests never call."""
+_VLLM_OPS = '''"""Stands in for vLLM's operators, which SGLang imports and no test calls."""
 
 
 def rotary_embedding(*arguments: object) -> None:

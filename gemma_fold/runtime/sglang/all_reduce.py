@@ -1,15 +1,15 @@
-"""SGLang's fused all-reduce, residual add and norm with exact weights.
+"""SGLang's fused all-reduce, residual add and norm, on exact gains.
 
-SGLang gives FlashInfer `gemma_weight`, 1 + w rounded to the model's dtype. FlashInfer can add the 1
-itself, in fp32 (`weight_bias`), so it gets the raw w here, and the result is that of SGLang's own
-unfused norm. The call happens inside an operator of our own, because SGLang's has no argument for it
-and a traced graph would forget anything else that was set around it.
+SGLang gives FlashInfer `gemma_weight`, 1 + w rounded to the model's dtype. FlashInfer can add the
+1 itself, in fp32 (`weight_bias`), so it gets the raw w here, and the result is that of SGLang's own
+unfused norm. The call happens inside an operator of our own, because SGLang's has no argument for
+it and a traced graph would forget anything else that was set around it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -24,38 +24,33 @@ _BIAS = 1.0
 _MAX_TOKENS = 2048  # what SGLang's own workspace holds
 
 
-class StockNorm(GainedNorm):
-    """A zero-centred norm that runs SGLang's kernels."""
+def forward_fused(
+    original: Callable[..., Any],
+    norm: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    post_residual_addition: Tensor | None,
+    weight: Tensor,
+    use_attn_tp_group: bool = True,
+) -> Any:
+    """Around the function behind every `forward_with_allreduce_fusion` of SGLang's norms.
 
-    def forward_with_allreduce_fusion(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        post_residual_addition: Tensor | None = None,
-        use_attn_tp_group: bool = True,
-    ) -> Any:
-        """``x``, ``residual``: [tokens, H]; ``x`` is this rank's part of the attention group's sum.
-
-        `use_attn_tp_group` has no effect, as in SGLang's GemmaRMSNorm.
-        """
-        if residual is None or attention_group_size() == 1 or not _takes_bias():
-            return super().forward_with_allreduce_fusion(  # type: ignore[misc]
-                x, residual, post_residual_addition, use_attn_tp_group
-            )
+    ``x``, ``residual``: [tokens, H]; ``x`` is this rank's part of a sum over the ranks, those that
+    share one attention where `use_attn_tp_group` says so. SGLang's zero-centred norms always do.
+    """
+    if (
+        isinstance(norm, GainedNorm)
+        and residual is not None
+        and use_attn_tp_group
+        and attention_group_size() > 1
+    ):
+        total = residual
         if post_residual_addition is not None:
-            residual = residual + post_residual_addition
-        return torch.ops.gemma_fold.sglang_all_reduce_add_rms_norm(
-            x, residual, self.weight.data, self.gamma32, self.epsilon
-        )
-
-
-@cache
-def _takes_bias() -> bool:
-    from sglang.srt.layers import flashinfer_comm_fusion as fusion
-
-    comm = fusion._flashinfer_comm
-    function = getattr(comm, "allreduce_fusion", None)
-    return function is not None and "weight_bias" in inspect.signature(function).parameters
+            total = residual + post_residual_addition
+        fused = norm.all_reduce_add_norm(x, total)
+        if fused is not None:
+            return fused
+    return original(norm, x, residual, post_residual_addition, weight, use_attn_tp_group)
 
 
 def attention_group_size() -> int:
@@ -63,6 +58,26 @@ def attention_group_size() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return int(get_parallel().attn_tp_size)
+
+
+class StockNorm(GainedNorm):
+    """A zero-centred norm that runs SGLang's kernels."""
+
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not _takes_bias():
+            return None
+        fused: tuple[Tensor, Tensor] = torch.ops.gemma_fold.sglang_all_reduce_add_rms_norm(
+            x, residual, self.weight.data, self.gamma32, self.epsilon
+        )
+        return fused
+
+
+@cache
+def _takes_bias() -> bool:
+    from sglang.srt.layers import flashinfer_comm_fusion as fusion
+
+    function = getattr(fusion._flashinfer_comm, "allreduce_fusion", None)
+    return function is not None and "weight_bias" in inspect.signature(function).parameters
 
 
 class _Biased:
