@@ -271,8 +271,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _with_ours(impl: str) -> bool:
+    return impl.endswith(("+gemma_fold", "-portable"))
+
+
 def write(path: Path, rows: list[dict[str, Any]], commit: str, command: str) -> None:
-    """`rows` holds ours and the peers; `with_ours`, sums by peers that our norm kernels follow."""
+    """`rows`: ours and the peers. `with_ours`: our Triton kernel, and peers' sums + our norms."""
     meta = {
         "bench": "all_reduce",
         "gpu": torch.cuda.get_device_name(0),
@@ -285,8 +289,8 @@ def write(path: Path, rows: list[dict[str, Any]], commit: str, command: str) -> 
         "command": command,
     }
     listed = {
-        "rows": [row for row in rows if not row["impl"].endswith("+gemma_fold")],
-        "with_ours": [row for row in rows if row["impl"].endswith("+gemma_fold")],
+        "rows": [row for row in rows if not _with_ours(row["impl"])],
+        "with_ours": [row for row in rows if _with_ours(row["impl"])],
     }
     parts = [
         f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in part) + "\n]"
@@ -326,6 +330,7 @@ def main() -> None:
     parser.add_argument("--hidden", nargs="+", type=int, default=list(HIDDEN))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--peers", nargs="*", default=["flashinfer", "flashinfer-norm"])
+    parser.add_argument("--portable", action="store_true", help="time our Triton kernel, too")
     parser.add_argument("--commit", default=git_commit(), help="where .git does not travel along")
     args = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -347,10 +352,17 @@ def main() -> None:
                 hidden_dim=hidden, dtype=torch.bfloat16, group=dist.group.WORLD,
             )  # fmt: skip
         space = ops.AllReduceWorkspace(hidden=hidden, max_tokens=max(args.tokens))
+        portable = None
+        if args.portable:
+            portable = ops.AllReduceWorkspace(
+                hidden=hidden, max_tokens=max(args.tokens), path="portable"
+            )
         for op in OPERATORS:
             for tokens in args.tokens:
                 b = Buffers(tokens, hidden)
                 calls = {"gemma_fold": ours(op, b, space)}
+                if portable is not None:
+                    calls["gemma_fold-portable"] = ours(op, b, portable)
                 calls |= peer_calls(op, b, buffer, modules, workspace)
                 check(op, b, calls)
                 found = measure(calls, b, args.rounds)
@@ -362,6 +374,8 @@ def main() -> None:
                 if rank == 0:
                     print(summary(op, tokens, hidden, found), flush=True)
         space.destroy()
+        if portable is not None:
+            portable.destroy()
         if workspace is not None:
             workspace.destroy()
     if rank == 0:

@@ -163,7 +163,7 @@ def qk_rms_norm_rope(
             "use rms_norm and a rotary embedding of its own to train"
         )
     args = (q, k, q_gamma, k_gamma, cos_sin, positions, eps, interleaved)
-    if _eager(q):
+    if runs_eagerly(q):
         dispatch.qk_rms_norm_rope_(*args)
     else:
         # Through copies, for the reason given in qk_rms_norm.

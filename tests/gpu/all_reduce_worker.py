@@ -90,6 +90,22 @@ def check_rows(space: ops.AllReduceWorkspace, x: Tensor, residual: Tensor) -> No
         assert same(y8, want) and same(scales, scales_want), "add fp8"
 
 
+def check_portable(space: ops.AllReduceWorkspace, x: Tensor) -> None:
+    """The Triton kernel: the same sums; norms, summed in another order, within an ulp or two."""
+    residual = shared(*x.shape, dtype=x.dtype)
+    post, pre = shared(x.shape[-1]), shared(x.shape[-1])
+    parts = gathered(x)
+    assert same(ops.all_reduce(x, space), oracle.rank_ordered_sum(parts)), "portable all_reduce"
+    got = ops.all_reduce_add_rms_norm(x, residual, pre, space, PRE_EPS)
+    want = oracle.add_norm(parts, residual, pre, PRE_EPS)
+    assert same(got[1], want[1]), "portable add: residual"
+    torch.testing.assert_close(got[0], want[0], rtol=2**-7, atol=1e-6)
+    got = ops.all_reduce_rms_norm_add_rms_norm(x, residual, post, pre, space, POST_EPS, PRE_EPS)
+    want = oracle.norm_add_norm(parts, residual, post, pre, POST_EPS, PRE_EPS)
+    torch.testing.assert_close(got[1], want[1], rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(got[0], want[0], rtol=2**-6, atol=2**-6)
+
+
 def grid(args: argparse.Namespace) -> dict[str, Any]:
     cases = 0
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -107,6 +123,10 @@ def grid(args: argparse.Namespace) -> dict[str, Any]:
                         residual = shared(tokens, hidden, dtype=dtype)
                         check_rows(space, x, residual)
                         cases += 1
+    for hidden in QUICK:
+        with ops.AllReduceWorkspace(hidden=hidden, max_tokens=500, path="portable") as space:
+            for tokens in TOKENS:
+                check_portable(space, torch.randn(tokens, hidden, device="cuda").bfloat16())
     with ops.AllReduceWorkspace(hidden=5376, max_tokens=64) as space:
         # Shorter rows, other dtypes, no rows, values that are special.
         for hidden, dtype in ((640, torch.bfloat16), (2688, torch.float32), (100, torch.float32)):

@@ -19,6 +19,7 @@ from gemma_fold.kernels.all_reduce import program, tuning
 from gemma_fold.kernels.layout import row_stride
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_WORDS = {2: torch.int16, 4: torch.int32}
 _FP8_MODES = {None: 0, "static": 1, "per_token": 2}
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -57,7 +58,9 @@ class PeerExchange:
     the buffer is an error.
     """
 
-    def __init__(self, group: Any, device: torch.device, size: Capacity, timeout: float) -> None:
+    def __init__(
+        self, group: Any, device: torch.device, size: Capacity, timeout: float, portable: bool
+    ) -> None:
         # Read by torch at its first allocation of this kind.
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         import torch.distributed as dist
@@ -65,6 +68,7 @@ class PeerExchange:
 
         self.size = size
         self.device = device
+        self.portable = portable
         self._group = group
         self._rank = dist.get_rank(group)
         self._buffer = symmetric_memory.empty(size.bytes, dtype=torch.uint8, device=device)
@@ -83,6 +87,8 @@ class PeerExchange:
         self._arguments.pitch = size.pitch
         self._arguments.timeout_ns = int(timeout * 1e9)
         self._arguments.rank = self._rank
+        self._most_polls = min(2**31 - 1, int(timeout * 1e6))  # a poll takes about a microsecond
+        self._peers = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody sends before all buffers are empty
@@ -98,6 +104,8 @@ class PeerExchange:
 
     def prepare(self, hidden: int, dtype: torch.dtype) -> None:
         """Compile every kernel for rows of `hidden` elements, so that capture needs no warm-up."""
+        if self.portable:
+            return  # Triton compiles at the first call, under capture too
         for operator in ("sum", "add_norm", "norm_add_norm"):
             for many in (False, True):
                 for two_shot in (False, True) if self.size.two_shot_rows else (False,):
@@ -159,6 +167,9 @@ class PeerExchange:
         fp8: str | None,
         scale: Tensor | None,
     ) -> None:
+        if self.portable:
+            self._launch_portable(operator, x, y, residual, total, gammas, eps)
+            return
         size, a = self.size, self._arguments
         rows, hidden = x.shape
         itemsize = x.element_size()
@@ -186,6 +197,34 @@ class PeerExchange:
         index = self.device.index
         with torch.cuda.device(index):
             kernel.launch(blocks, ctypes.addressof(self._pointers), _current_stream(index))
+
+    def _launch_portable(
+        self,
+        operator: str,
+        x: Tensor,
+        y: Tensor,
+        residual: Tensor | None,
+        total: Tensor | None,
+        gammas: tuple[Tensor | None, Tensor | None],
+        eps: tuple[float, float],
+    ) -> None:
+        from gemma_fold.kernels.all_reduce.portable import one_shot_kernel
+        from gemma_fold.kernels.rows import EARLY, NO_PDL
+
+        rows, hidden = x.shape
+        block = 1 << (hidden - 1).bit_length()
+        unit = tuning.VECTOR_BYTES // x.element_size()
+        pdl = torch.cuda.get_device_capability(self.device)[0] >= 9
+        with torch.cuda.device(self.device):
+            one_shot_kernel[(min(rows, self._sms),)](
+                self._peers, x.view(_WORDS[x.element_size()]), residual, *gammas, y, total,
+                self._uses, rows, self.size.one_shot_rows, x.stride(0) // unit,
+                0 if residual is None else residual.stride(0) // unit, self._most_polls, *eps,
+                UNIT=unit, PITCH=self.size.pitch // x.element_size(), WORLD=self.size.world,
+                RANK=self._rank, H=hidden, BLOCK=block, PDL=EARLY.value if pdl else NO_PDL.value,
+                num_warps=min(32, max(4, block // 256)), launch_pdl=pdl, debug=True,
+                enable_fp_fusion=False,
+            )  # fmt: skip
 
     def _kernel(
         self,

@@ -88,8 +88,8 @@ def all_reduce_add_rms_norm_fp8(
     space = find(workspace)
     space.check_agreement("all_reduce_add_rms_norm_fp8", x)
     exchange = space.exchange_for(x)
-    if exchange is None:
-        total = space.reduce_by_library(x)
+    if exchange is None or exchange.portable:
+        total = all_reduce(x, workspace)
         return dispatch.add_rms_norm_fp8(total, residual, gamma, eps, scale)
     layout.check_fp8(x)
     y, total, scales = _rows(x, FP8), _rows(x), _scales(x, scale)
@@ -113,8 +113,8 @@ def all_reduce_rms_norm_add_rms_norm_fp8(
     space = find(workspace)
     space.check_agreement("all_reduce_rms_norm_add_rms_norm_fp8", x)
     exchange = space.exchange_for(x)
-    if exchange is None:
-        total = space.reduce_by_library(x)
+    if exchange is None or exchange.portable:
+        total = all_reduce(x, workspace)
         return dispatch.rms_norm_add_rms_norm_fp8(
             total, residual, post_gamma, pre_gamma, post_eps, pre_eps, scale
         )

@@ -42,7 +42,9 @@ class AllReduceWorkspace:
         dtype: of the activations.
         device: of the activations; the current CUDA device, or the CPU where there is none.
         name: what a traced graph calls the workspace; unique among the living ones.
-        path: "auto", or "library" to never use peer memory.
+        path: "auto"; "portable" for the Triton kernel, which "auto" takes where NVRTC is missing:
+            one-shot alone, the same sums, norms whose last bit may differ; "library" to never use
+            peer memory.
         timeout: seconds a kernel waits for another rank before it stops the process with a message
             that names the rank.
         one_shot_bytes: overrides `tuning.ONE_SHOT_BYTES` for this group.
@@ -64,8 +66,8 @@ class AllReduceWorkspace:
         one_shot_bytes: int | None = None,
         debug: bool = False,
     ) -> None:
-        if path not in ("auto", "library"):
-            raise ValueError(f"path must be auto or library, not {path!r}")
+        if path not in ("auto", "portable", "library"):
+            raise ValueError(f"path must be auto, portable or library, not {path!r}")
         if dtype not in layout.ACTIVATION_DTYPES:
             raise ValueError(f"dtype must be bfloat16, float16 or float32, not {dtype}")
         if not 1 <= hidden <= layout.MAX_HIDDEN or max_tokens < 1 or timeout <= 0:
@@ -83,11 +85,12 @@ class AllReduceWorkspace:
         pitch = -(-hidden * dtype.itemsize // tuning.VECTOR_BYTES) * tuning.VECTOR_BYTES
         threshold = tuning.ONE_SHOT_BYTES.get(self.world, 0)
         threshold = threshold if one_shot_bytes is None else one_shot_bytes
-        self._size = capacity(self.world, max_tokens, pitch, threshold)
         self._exchange: PeerExchange | None = None
-        self._reason = self._obstacle(path)
+        self._reason, portable = self._obstacle(path)
+        threshold = 1 << 62 if portable else threshold
+        self._size = capacity(self.world, max_tokens, pitch, threshold)
         if self.world > 1 and self._reason is None:
-            self._exchange = PeerExchange(self.group, self.device, self._size, timeout)
+            self._exchange = PeerExchange(self.group, self.device, self._size, timeout, portable)
             if hidden * dtype.itemsize == pitch:
                 self._exchange.prepare(hidden, dtype)
         self._unfit: set[tuple[int, torch.dtype]] = set()
@@ -117,10 +120,11 @@ class AllReduceWorkspace:
             return head + "nothing to reduce"
         if self._exchange is None:
             return head + f"the library's all-reduce, then the fused norm, because {self._reason}"
+        kind = " by Triton" if self._exchange.portable else ""
         one = self._size.one_shot_rows
         two = f", two-shot up to {self._size.two_shot_rows}" if self._size.two_shot_rows else ""
         return (
-            head + f"fused over peer memory, one-shot up to {one} rows{two}; "
+            head + f"fused over peer memory{kind}, one-shot up to {one} rows{two}; "
             f"{self.memory / 2**20:.1f} MiB on each rank"
         )
 
@@ -182,20 +186,25 @@ class AllReduceWorkspace:
             self.destroyed = True
             _workspaces.pop(self.name, None)
 
-    def _obstacle(self, path: str) -> str | None:
-        """Why peer memory cannot be used, the same on all ranks; None where it can. Collective."""
+    def _obstacle(self, path: str) -> tuple[str | None, bool]:
+        """Why peer memory cannot be used, or None; and whether NVRTC cannot. Collective.
+
+        The same on all ranks.
+        """
         if self.world == 1:
-            return None
+            return None, False
         import torch.distributed as dist
 
-        mine = (socket.gethostname(), _local_obstacle(self.device, self.world, path))
+        portable = path == "portable" or not _has_nvrtc()
+        mine = (socket.gethostname(), _local_obstacle(self.device, self.world, path), portable)
         every: list[Any] = [None] * self.world
         dist.all_gather_object(every, mine, group=self.group)
-        for rank, (_, reason) in enumerate(every):
+        for rank, (_, reason, _) in enumerate(every):
             if reason is not None:
-                return f"{reason} (rank {rank})"
-        hosts = {host for host, _ in every}
-        return f"the ranks are on {len(hosts)} hosts" if len(hosts) > 1 else None
+                return f"{reason} (rank {rank})", False
+        hosts = {host for host, _, _ in every}
+        reason = f"the ranks are on {len(hosts)} hosts" if len(hosts) > 1 else None
+        return reason, any(portable for _, _, portable in every)
 
 
 def find(workspace: str) -> AllReduceWorkspace:
@@ -248,15 +257,15 @@ def _local_obstacle(device: torch.device, world: int, path: str) -> str | None:
         return f"there are more than {tuning.MAX_WORLD} ranks"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
-    if (
-        importlib.util.find_spec("cuda") is None
-        or importlib.util.find_spec("cuda.bindings") is None
-    ):
-        return "cuda-bindings is not installed"
     for other in range(torch.cuda.device_count()):
         if other != device.index and not torch.cuda.can_device_access_peer(device.index, other):
             return f"GPU {device.index} cannot reach the memory of GPU {other}"
     return None
+
+
+def _has_nvrtc() -> bool:
+    names = ("cuda", "cuda.bindings")
+    return all(importlib.util.find_spec(name) is not None for name in names)
 
 
 def _capturing(x: Tensor) -> bool:
