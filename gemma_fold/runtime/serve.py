@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,13 +38,16 @@ def serve(
     """
     if engine not in ENGINES:
         raise UsageError(f"there is no engine {engine}; choose from {', '.join(ENGINES)}")
-    if engine in ("vllm", "sglang"):
+    if engine == "vllm":
         raise UsageError(
             f"{engine} cannot serve folded checkpoints in this release; use --engine transformers"
         )
     folder = _folder(os.fspath(checkpoint))
     open_folded(folder)
     _check_port(host, port)
+    if engine == "sglang":
+        _serve_sglang(folder, host, port, engine_args)
+        return
     _serve_transformers(folder, host, port, engine_args)
 
 
@@ -98,3 +103,24 @@ def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[
         if message is None:
             raise
         raise UsageError(f"transformers serve: {message()}") from error
+
+
+def _serve_sglang(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
+    if importlib.util.find_spec("sglang") is None:
+        raise EnvironmentProblem(
+            "SGLang is not installed; install it beside gemma-fold, in one environment"
+        )
+    plugins = [name for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    if plugins and "gemma_fold" not in map(str.strip, plugins):
+        raise UsageError(
+            f"SGLANG_PLUGINS={','.join(plugins)} leaves out gemma_fold; add it, or unset that"
+        )
+    command = ["--model-path", str(folder), "--host", host, "--port", str(port), *arguments]
+    before, sys.argv = sys.argv, ["sglang.launch_server", *command]
+    try:
+        # As the main module: the processes that it starts import it again.
+        runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        return  # how a server is stopped
+    finally:
+        sys.argv = before

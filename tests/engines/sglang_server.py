@@ -29,7 +29,7 @@ OPTIONS = (
     "--max-running-requests=4",
 )
 PROMPTS = ((2, 17, 45, 23, 4, 61, 7), (2, 80, 41), (2, *range(5, 25)))
-TOKENS = 24
+TOKENS = 16
 _START_SECONDS = 300
 
 
@@ -48,14 +48,14 @@ class Server:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)
 
-    def outputs(self) -> list[list[list[Any]]]:
+    def outputs(self, tokens: int = TOKENS) -> list[list[list[Any]]]:
         """Greedy tokens after each prompt: [logprob, token] of those, and of the prompt's own."""
         found = []
         for prompt in PROMPTS:
             answer = self.post(
                 "/generate",
                 input_ids=prompt,
-                sampling_params={"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
+                sampling_params={"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
                 return_logprob=True,
                 logprob_start_len=0,
             )

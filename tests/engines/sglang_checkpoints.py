@@ -1,0 +1,46 @@
+"""Tiny checkpoints as on the Hub: SGLang reads keys and names that transformers dropped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+_GEMMA = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+_QWEN = {"full_attention_interval": 2}
+#: model type -> what its config.json has on the Hub; for the inner config where there is one.
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA,
+    "qwen3_next": _QWEN,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
+}
+
+
+def save(model_type: str, folder: Path, seed: int = 0) -> Path:
+    """Write a bf16 checkpoint of the family."""
+    tiny.build(model_type, torch.bfloat16, seed).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    inner = config.get("text_config", config)
+    inner.update(_CONFIGS.get(model_type, {}))
+    vision = config.get("vision_config", {})
+    vision.update({"deepstack_visual_indexes": []} if "depth" in vision else {})
+    vision.update({"vision_use_head": False} if model_type == "gemma3" else {})
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    if model_type == "gemma3":
+        _name_towers(folder / "model.safetensors")
+    return folder
+
+
+def _name_towers(file: Path) -> None:
+    """Gemma 3 with its vision tower under the name it has on the Hub, and without a head."""
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        if not name.startswith("vision_tower.head."):
+            tensors[name.replace("vision_tower.", "vision_tower.vision_model.", 1)] = tensor
+    save_file(tensors, file, {"format": "pt"})
