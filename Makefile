@@ -49,7 +49,7 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 	touch $@
 
 test-sglang: $(SGLANG)/.complete .cache/gemma-3-270m
-	$(SGLANG)/bin/pytest -m engine tests/engines/test_sglang.py
+	$(SGLANG)/bin/pytest -m engine tests/engines/test_sglang*.py
 
 test: venv test-sglang $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
 	$(OLDEST)/bin/pytest -m "" tests/test_runtime*.py tests/test_unaware_loaders.py

@@ -10,6 +10,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemma_fold.convert import convert
+
 _GEMMA = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 _QWEN = {"full_attention_interval": 2}
 #: model type -> what its config.json has on the Hub; for the inner config where there is one.
@@ -44,3 +46,20 @@ def _name_towers(file: Path) -> None:
         if not name.startswith("vision_tower.head."):
             tensors[name.replace("vision_tower.", "vision_tower.vision_model.", 1)] = tensor
     save_file(tensors, file, {"format": "pt"})
+
+
+class Checkpoints:
+    """Original and folded checkpoints of every family, made when they are first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def original(self, family: str, seed: int = 0) -> Path:
+        folder = self.folder / f"{family}-{seed}"
+        return folder if folder.is_dir() else save(family, folder, seed)
+
+    def folded(self, family: str, seed: int = 0) -> Path:
+        folder = self.folder / f"{family}-{seed}-folded"
+        if not folder.is_dir():
+            convert(self.original(family, seed), folder)
+        return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,10 @@ from sglang.srt.server_args import PortArgs, prepare_server_args
 from sglang_server import OPTIONS
 
 
-@cache
 def start(folder: Path) -> None:
-    """Plugins, settings and a group of one, once before the first model. `folder`: any model."""
+    """Plugins, settings and a group of one, before the first model. `folder`: any model."""
+    if torch.distributed.is_initialized():
+        return
     load_plugins()
     settings = prepare_server_args(["--model-path", str(folder), *OPTIONS])
     settings.resolve_once()
@@ -59,8 +59,10 @@ class Loaded:
         updater: SGLang's weight updates, on this model.
     """
 
-    def __init__(self, folder: Path, load_format: str = "auto", **options: Any) -> None:
-        self.config = ModelConfig(str(folder), dtype=options.pop("dtype", "auto"), **options)
+    def __init__(self, folder: Path, load_format: str = "auto", weights: str | None = None) -> None:
+        self.config = ModelConfig(str(folder))
+        if weights is not None:
+            self.config.model_weights = weights  # as for the address of a remote store
         load = LoadConfig(load_format=load_format)
         loader = get_model_loader(load, self.config)
         self.model = loader.load_model(
@@ -88,3 +90,14 @@ class Loaded:
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of its parameters."""
         return {name: value.detach().clone() for name, value in self.model.named_parameters()}
+
+
+def check_gains(loaded: Any, parameters: dict[str, torch.Tensor]) -> None:
+    """Every norm has the weight of `parameters`, the gain exactly, and SGLang's buffer in step."""
+    for name, norm in loaded.norms().items():
+        weight = parameters[f"{name}.weight"]
+        assert torch.equal(norm.weight, weight), name
+        assert norm.gamma32.dtype == torch.float32
+        assert torch.equal(norm.gamma32.double(), 1 + weight.double()), name
+        if hasattr(norm, "gemma_weight"):
+            assert torch.equal(norm.gemma_weight, weight + 1), name

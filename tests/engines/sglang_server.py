@@ -74,7 +74,7 @@ def started(
     **environment: str,
 ) -> Iterator[Server]:
     """A server for the checkpoint in `folder` until the block ends; RuntimeError if it stops."""
-    port = _free_port()
+    port = free_port()
     arguments = [sys.executable, *command, str(folder), f"--port={port}", *options]
     with open(log, "wb") as output:
         process = subprocess.Popen(
@@ -112,7 +112,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait(30)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gemma_fold.convert import convert
 from gemma_fold.errors import (
@@ -26,6 +27,7 @@ from gemma_fold.errors import (
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("SGLang is in an environment of its own", allow_module_level=True)
 
+from sglang_checkpoints import Checkpoints
 from sglang_server import OPTIONS, Server, started
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -41,26 +43,6 @@ FAMILIES = (
     "qwen3_5",
     "qwen3_5_moe",
 )
-UPDATED = ("gemma2", "gemma3_text")  # one for each class of norms that SGLang has
-
-
-class Checkpoints:
-    """Original and folded checkpoints of every family, made when they are first asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def original(self, family: str, seed: int = 0) -> Path:
-        import sglang_checkpoints
-
-        folder = self.folder / f"{family}-{seed}"
-        return folder if folder.is_dir() else sglang_checkpoints.save(family, folder, seed)
-
-    def folded(self, family: str, seed: int = 0) -> Path:
-        folder = self.folder / f"{family}-{seed}-folded"
-        if not folder.is_dir():
-            convert(self.original(family, seed), folder)
-        return folder
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +153,7 @@ def test_a_folded_model_is_the_original_to_sglang(
         pair = folded.norms()[name](x.clone(), residual.clone())
         for ours, theirs in zip(pair, norm(x.clone(), residual.clone()), strict=True):
             same(ours, theirs)
-    check_gains(folded, original.state())
+    sglang.check_gains(folded, original.state())
 
 
 def activations(hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,17 +165,6 @@ def activations(hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-def check_gains(loaded: Any, parameters: dict[str, torch.Tensor]) -> None:
-    """Every norm has the weight of `parameters`, the gain exactly, and SGLang's buffer in step."""
-    for name, norm in loaded.norms().items():
-        weight = parameters[f"{name}.weight"]
-        assert torch.equal(norm.weight, weight), name
-        assert norm.gamma32.dtype == torch.float32
-        assert torch.equal(norm.gamma32.double(), 1 + weight.double()), name
-        if hasattr(norm, "gemma_weight"):
-            assert torch.equal(norm.gemma_weight, weight + 1), name
 
 
 def test_originals_keep_sglangs_own_classes(checkpoints: Checkpoints, sglang: Any) -> None:
@@ -208,7 +179,7 @@ def test_native_folds_an_original_as_it_loads(checkpoints: Checkpoints, sglang: 
     original = sglang.Loaded(checkpoints.original("gemma2"))
     with sglang.mode("native"):
         folded = sglang.Loaded(checkpoints.original("gemma2"))
-    check_gains(folded, original.state())
+    sglang.check_gains(folded, original.state())
 
 
 def test_a_mode_that_there_is_not(checkpoints: Checkpoints, sglang: Any) -> None:
@@ -219,8 +190,6 @@ def test_a_mode_that_there_is_not(checkpoints: Checkpoints, sglang: Any) -> None
 def test_a_checkpoint_that_has_lost_a_gamma(
     checkpoints: Checkpoints, sglang: Any, tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     damaged = tmp_path / "damaged"
     shutil.copytree(checkpoints.folded("gemma2"), damaged)
     tensors = load_file(damaged / "model.safetensors")

@@ -85,7 +85,9 @@ class GainedNorm(nn.Module):
 def adopt(norm: nn.Module, kind: type[GainedNorm]) -> None:
     """Give the zero-centred `norm` its gain and the methods of `kind`, in place."""
     weight: Any = norm.weight
-    gamma = families.fold(weight.detach(), _OFFSET)
+    # On the device that the model is built for: SGLang may have offloaded the weight already.
+    gamma = torch.empty(weight.shape, dtype=torch.float32)
+    gamma.copy_(families.fold(weight.detach(), _OFFSET))
     norm.register_buffer("gamma32", gamma, persistent=False)
     norm.__dict__["given"] = False
     norm.__class__ = derive(kind, type(norm))

@@ -34,12 +34,12 @@ class FoldedWeights:
     """What a folded model's manifest says, and what came in so far.
 
     Attributes:
-        folder: of the checkpoint.
+        source: of the checkpoint, for messages: a folder, a Hub id or the address of a store.
         tensors: its folded tensors by name.
         seen: names of those that were loaded as gammas.
     """
 
-    folder: Path
+    source: str
     tensors: Mapping[str, FoldedTensor]
     seen: set[str] = field(default_factory=set)
 
@@ -123,13 +123,13 @@ def check_complete(model: nn.Module) -> None:
     missing = sorted(state.tensors.keys() - state.seen)
     if missing:
         raise CheckpointError(
-            f"{state.folder} gives no gamma for {missing[0]} ({len(missing)} of "
+            f"{state.source} gives no gamma for {missing[0]} ({len(missing)} of "
             f"{len(state.tensors)} in {MANIFEST}); fold the original again"
         )
     lost = [name for name, norm in gained_norms(model) if not norm.given]
     if lost:
         raise CheckpointError(
-            f"{state.folder} gives no gamma for the norm {lost[0]} ({len(lost)} of this model); "
+            f"{state.source} gives no gamma for the norm {lost[0]} ({len(lost)} of this model); "
             f"the weights and {MANIFEST} belong to another model: fold the original again"
         )
 
@@ -150,20 +150,28 @@ def _accept_gammas(model: nn.Module, state: FoldedWeights) -> None:
 
 
 def _read_folded(model_config: Any, block: Mapping[str, Any]) -> FoldedWeights:
-    folder = _folder(model_config)
+    name = os.fspath(model_config.model_path)
     if not block.get("tensor_lock", True):
         raise UnsupportedModelError(
-            f"{folder} was written with --no-tensor-lock, so SGLang cannot tell its gammas from "
+            f"{name} was written with --no-tensor-lock, so SGLang cannot tell its gammas from "
             "raw weights; convert the original again without that option"
         )
-    return FoldedWeights(folder, read_manifest(folder).tensors)
+    remote = getattr(model_config, "model_weights", None)
+    if remote is not None:
+        return FoldedWeights(str(remote), _remote_manifest(str(remote)))
+    folder = name
+    if not os.path.isdir(name):
+        from transformers.utils import cached_file
+
+        revision = getattr(model_config, "revision", None)
+        folder = os.path.dirname(str(cached_file(name, MANIFEST, revision=revision)))
+    return FoldedWeights(name, read_manifest(Path(folder)).tensors)
 
 
-def _folder(model_config: Any) -> Path:
-    path = os.fspath(model_config.model_path)
-    if os.path.isdir(path):
-        return Path(path)
-    from transformers.utils import cached_file
+def _remote_manifest(url: str) -> Mapping[str, FoldedTensor]:
+    """From a remote store, of which SGLang has fetched the config alone."""
+    from sglang.srt.connector import create_remote_connector
 
-    revision = getattr(model_config, "revision", None)
-    return Path(str(cached_file(path, MANIFEST, revision=revision))).parent
+    with create_remote_connector(url) as client:
+        client.pull_files(allow_pattern=[MANIFEST])
+        return read_manifest(Path(client.get_local_dir())).tensors
