@@ -17,7 +17,8 @@ _QWEN = {"full_attention_interval": 2}
 #: model type -> what its config.json has on the Hub; for the inner config where there is one.
 _CONFIGS: dict[str, dict[str, Any]] = {
     "gemma": _GEMMA,
-    "gemma2": _GEMMA,
+    # SGLang caps the logits with a Triton kernel, also where there is no GPU for it.
+    "gemma2": {**_GEMMA, "final_logit_softcapping": None},
     "qwen3_next": _QWEN,
     "qwen3_5": _QWEN,
     "qwen3_5_moe": _QWEN,

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +48,12 @@ class Server:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)
 
-    def outputs(self, tokens: int = TOKENS) -> list[list[list[Any]]]:
+    def outputs(
+        self, prompts: Sequence[Sequence[int]] = PROMPTS, tokens: int = TOKENS
+    ) -> list[list[list[Any]]]:
         """Greedy tokens after each prompt: [logprob, token] of those, and of the prompt's own."""
         found = []
-        for prompt in PROMPTS:
+        for prompt in prompts:
             answer = self.post(
                 "/generate",
                 input_ids=prompt,

@@ -28,7 +28,7 @@ if importlib.util.find_spec("sglang") is None:
     pytest.skip("SGLang is in an environment of its own", allow_module_level=True)
 
 from sglang_checkpoints import Checkpoints
-from sglang_server import OPTIONS, Server, started
+from sglang_server import OPTIONS, PROMPTS, Server, started
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -97,9 +97,9 @@ def test_the_real_270m_served_by_gemma_fold_says_what_the_original_says(
     options = tuple(option for option in OPTIONS if option != "--skip-tokenizer-init")
 
     def says(server: Server) -> tuple[Any, Any]:
-        sampling = {"temperature": 0, "max_new_tokens": 8}
+        sampling = {"temperature": 0, "max_new_tokens": 6}
         text = server.post("/generate", text="The capital of France is", sampling_params=sampling)
-        return text["text"], server.outputs(tokens=4)
+        return text["text"], server.outputs(PROMPTS[:1], tokens=4)
 
     def original() -> tuple[Any, Any]:
         with started(real_270m, tmp_path / "original.log", *options) as server:
