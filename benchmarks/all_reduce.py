@@ -68,6 +68,7 @@ class Buffers:
         self.sets = max(2, sets)
         new = lambda: torch.randn(tokens, hidden, device="cuda").bfloat16()  # noqa: E731
         self.x = [new() for _ in range(self.sets)]
+        self.own = [x.clone() for x in self.x]
         self.residual = [new() for _ in range(self.sets)]
         self.weight = torch.randn(hidden, device="cuda").bfloat16()
         for tensor in (*self.residual, self.weight):
@@ -139,11 +140,10 @@ def sums(b: Buffers, buffer: Tensor) -> dict[str, Callable[[int], Tensor]]:
     """All-reduces alone: NCCL, and torch's over symmetric memory, which x is copied into first."""
     name = dist.group.WORLD.group_name
     staged = buffer[: b.x[0].numel()].view_as(b.x[0])
-    own = [x.clone() for x in b.x]  # NCCL reduces in place
 
     def nccl(i: int) -> Tensor:
-        dist.all_reduce(own[i])
-        return own[i]
+        dist.all_reduce(b.own[i])  # in place
+        return b.own[i]
 
     def one_shot(i: int) -> Tensor:
         staged.copy_(b.x[i])
@@ -238,7 +238,8 @@ def check(op: str, b: Buffers, calls: dict[str, Call]) -> None:
     keep = b.residual[0].clone()
     for name, call in calls.items():
         y = call(0)[0].float()
-        b.residual[0].copy_(keep)  # FlashInfer's add works in place
+        b.residual[0].copy_(keep)  # FlashInfer's add works in place, and so does NCCL
+        b.own[0].copy_(b.x[0])
         error = ((y - want).norm() / want.norm()).item()
         if not error < 0.01:
             raise AssertionError(f"{op} by {name}: relative error {error}")

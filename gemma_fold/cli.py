@@ -169,7 +169,7 @@ def unfold(folded: str, out: str, resume: bool, force: bool, as_json: bool) -> N
     "--engine",
     multiple=True,
     metavar="ENGINE",
-    help="transformers (default), or the address of an OpenAI-compatible server, whose top "
+    help="transformers (default); vllm, or the address of an OpenAI-compatible server, whose top "
     "log-probabilities are compared. Twice: for A, then for B.",
 )
 @click.option("--text", type=_path, metavar="FILE", help="Read this instead of the bundled text.")
@@ -233,7 +233,7 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "vllm", "sglang", "transformers"]),
-    help="This release serves through transformers, which is what auto picks.",
+    help="auto picks vllm where it is installed, then transformers.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
@@ -249,6 +249,7 @@ def serve(
     Examples:
       gemma-fold serve ./gemma-3-270m-folded
       gemma-fold serve ./gemma-3-270m-folded --port 8080 -- --dtype float32
+      gemma-fold serve ./gemma-3-27b-folded --engine vllm -- --tensor-parallel-size 2
     """
     from gemma_fold.runtime.serve import serve as run
 

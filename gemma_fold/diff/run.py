@@ -26,7 +26,7 @@ from gemma_fold.progress import Progress
 Result = TypeVar("Result")
 
 _SHOWN_PACKAGES = ("numpy", "safetensors")
-_SHOWN_FOR_OUTPUTS = ("torch", "transformers")
+_SHOWN_FOR_OUTPUTS = ("torch", "transformers", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Options:
     Attributes:
         structure_only: read headers and configs and nothing else.
         outputs: run both sides; None means where that is possible.
-        engines: what runs A and B: `transformers`, or the address of a server. Empty means
-            transformers for both, one means the same for both.
+        engines: what runs A and B: `transformers`, `vllm`, or the address of a server. Empty
+            means transformers for both, one means the same for both.
         text: a file to read instead of the bundled text.
         context: tokens in a window.
         prompts: greedy continuations, at most four.
@@ -133,23 +133,26 @@ def _engines(a: str, b: str, options: Options) -> tuple[str, str]:
         raise UsageError("--engine is for both sides, or once for A and once for B: at most two")
     given = options.engines or ("transformers",)
     for engine in given:
-        if engine != "transformers" and not is_url(engine):
+        if engine not in ("transformers", "vllm") and not is_url(engine):
             raise UsageError(
-                f"--engine {engine} is unknown; use transformers, or the address of a server "
-                "such as http://127.0.0.1:8000"
+                f"--engine {engine} is unknown; use transformers, vllm, or the address of a "
+                "server such as http://127.0.0.1:8000"
             )
     first, second = given[0], given[-1]
     return (a if is_url(a) else first, b if is_url(b) else second)
 
 
 def _check(options: Options, a: str, b: str, engines: tuple[str, str]) -> None:
-    remote = any(map(is_url, engines))
     if options.structure_only and (options.outputs or is_url(a) or is_url(b)):
         raise UsageError("--structure-only compares the headers of two checkpoints, nothing else")
     if options.outputs is False and (is_url(a) or is_url(b)):
         raise UsageError("a server can only be compared by its outputs; leave out --no-outputs")
-    if remote and (options.save_logits or options.logits):
-        raise UsageError("a server tells no logits; --save-logits and --logits need transformers")
+    if any(e != "transformers" for e in engines) and (options.save_logits or options.logits):
+        raise UsageError(
+            "a server tells no logits, nor does vllm; --save-logits and --logits need transformers"
+        )
+    if "vllm" in engines and options.device != "auto":
+        raise UsageError("--device is for transformers; CUDA_VISIBLE_DEVICES tells vllm its GPUs")
     if options.save_logits and options.logits:
         raise UsageError("give --save-logits or --logits, not both")
     if options.outputs is False and (options.save_logits or options.logits):
@@ -175,11 +178,14 @@ def _plan_outputs(
     from gemma_fold.diff.full import Settings, compare_full, open_logits
     from gemma_fold.diff.tokens import make_tokens
     from gemma_fold.diff.top import compare_top
+    from gemma_fold.diff.vllm import VllmSide, import_vllm
 
     if options.dtype not in DTYPES:
         raise UsageError(f"--dtype {options.dtype} is unknown; use one of {', '.join(DTYPES)}")
     if "transformers" in engines:
         import_transformers()
+    if "vllm" in engines:
+        import_vllm()
     settings = Settings(
         options.dtype,
         pick_device(options.device),
@@ -190,16 +196,19 @@ def _plan_outputs(
     tokens = None
     if any(sides):
         tokens = make_tokens(sides[0], sides[1], options.text, options.context, options.prompts)
-    one, two = (
-        Endpoint(engine, options.timeout) if is_url(engine) else side
-        for side, engine in zip(sides, engines, strict=True)
-    )
+
+    def party(side: Side | None, engine: str) -> Side | Endpoint | VllmSide:
+        if is_url(engine):
+            return Endpoint(engine, options.timeout)
+        assert side is not None
+        return VllmSide(side) if engine == "vllm" else side
+
+    one, two = map(party, sides, engines)
     if isinstance(one, Side) and isinstance(two, Side) and tokens:
         if options.logits:
             kept = open_logits(options.logits, one, tokens, options.dtype)
             settings = replace(settings, logits=kept)
         return partial(compare_full, one, two, tokens, settings)
-    assert one is not None and two is not None
     return partial(compare_top, one, two, tokens, options.text, options.prompts, settings)
 
 

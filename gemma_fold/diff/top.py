@@ -1,14 +1,15 @@
-"""Compare what two running models say of the same tokens, where at least one is a server.
+"""Compare what two running models say of the same tokens, where at least one tells the top k alone.
 
-A server tells the k most likely tokens, not the whole distribution. The divergences here are those
-of the distributions over the tokens that both sides list and one more outcome, "any other token":
-merging outcomes never increases a divergence, so they are lower bounds of the true ones.
+A server or vLLM tells the k most likely tokens, not the whole distribution. The divergences here
+are those of the distributions over the tokens that both sides list and one more outcome, "any
+other token": merging outcomes never increases a divergence, so they are lower bounds of the true
+ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from gemma_fold.diff import vllm
 from gemma_fold.diff.endpoint import TOP_K, Endpoint, Position
 from gemma_fold.diff.engine import Model, running
 from gemma_fold.diff.full import Settings, engine_name
@@ -31,6 +33,7 @@ _SMALLEST = 1e-9  # probability of "any other token": what rounding leaves of it
 
 Text = str | tuple[int, ...]
 Positions = list[Position]
+Party = Side | Endpoint | vllm.VllmSide
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,9 @@ class Source(Protocol):
     def read(self, text: Text) -> Positions:
         """Every token of `text` but the first, with the top k in its place."""
 
+    def read_together(self, texts: Sequence[Text]) -> list[Positions]:
+        """The same for many texts, all at once where the engine can."""
+
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
         """Tokens and text of the most likely continuation."""
 
@@ -62,13 +68,19 @@ class _Server:
     def read(self, text: Text) -> Positions:
         return self._endpoint.read(text, by_id=self._by_id)
 
+    def read_together(self, texts: Sequence[Text]) -> list[Positions]:
+        with ThreadPoolExecutor(len(texts)) as pool:
+            return list(pool.map(self.read, texts))
+
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
         return self._endpoint.continue_greedily(text, tokens, by_id=self._by_id)
 
 
 class _Local:
-    def __init__(self, model: Model, tokens: Tokens, settings: Settings, by_id: bool) -> None:
-        self._model, self._tokens, self._by_id = model, tokens, by_id
+    def __init__(
+        self, model: Model, tokens: Tokens, settings: Settings, name: Callable[[int], str]
+    ) -> None:
+        self._model, self._tokens, self._name = model, tokens, name
         self.name = engine_name(model, settings.device)
 
     def read(self, text: Text) -> Positions:
@@ -86,25 +98,27 @@ class _Local:
             )
         ]
 
+    def read_together(self, texts: Sequence[Text]) -> list[Positions]:
+        return [self.read(text) for text in texts]
+
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
         prompt = next(p for p in self._tokens.prompts if p.ids == text)
         ids = self._model.continue_greedily(prompt, tokens)
         return tuple(map(self._name, ids)), self._tokens.text(ids)
 
-    def _name(self, token: int) -> str:
-        return f"token_id:{token}" if self._by_id else self._tokens.text((token,))
-
 
 def compare_top(
-    a: Side | Endpoint,
-    b: Side | Endpoint,
+    a: Party,
+    b: Party,
     tokens: Tokens | None,
     text: Path | None,
     prompts: int,
     settings: Settings,
     progress: Progress,
 ) -> Outputs:
-    """Compare the top k where A or B is a server. `tokens` is None where both are.
+    """Compare the top k where A or B is a server or run by vLLM.
+
+    `tokens` is None where both are servers. A side that is a checkpoint is run by transformers.
 
     Raises NothingInCommonError where the tokens differ, and EnvironmentProblem where a
     server is down, too slow, or tells no log-probabilities.
@@ -117,8 +131,8 @@ def compare_top(
     for number, side in enumerate((a, b), 1):
         with _source(side, tokens, settings, by_id) as source:
             readings.append(_read(source, passages, starts, settings, progress, number))
-            if number == 1 and isinstance(side, Endpoint) and settings.noise_floor:
-                floor = _read_at_once(source, passages)
+            if number == 1 and not isinstance(side, Side) and settings.noise_floor:
+                floor = source.read_together(passages)
     progress.finish()
     one, two = readings
     rows = compare_positions(one.passages, two.passages)
@@ -162,14 +176,23 @@ def split_text(text: str, letters: int = _LETTERS) -> list[str]:
 
 @contextmanager
 def _source(
-    side: Side | Endpoint, tokens: Tokens | None, settings: Settings, by_id: bool
+    side: Party, tokens: Tokens | None, settings: Settings, by_id: bool
 ) -> Iterator[Source]:
     if isinstance(side, Endpoint):
         yield _Server(side, by_id)
         return
     assert tokens is not None
+    reading = tokens
+
+    def name(token: int) -> str:
+        return f"token_id:{token}" if by_id else reading.text((token,))
+
+    if isinstance(side, vllm.VllmSide):
+        with vllm.running(side, tokens, settings.dtype, settings.new_tokens, name) as engine:
+            yield engine
+        return
     with running(side, settings.dtype, settings.device) as model:
-        yield _Local(model, tokens, settings, by_id)
+        yield _Local(model, tokens, settings, name)
 
 
 def _read(
@@ -187,11 +210,6 @@ def _read(
         progress.advance(1)
     greedy = [source.continue_greedily(start, settings.new_tokens) for start in starts]
     return Reading(read, greedy, source.name)
-
-
-def _read_at_once(source: Source, passages: Sequence[Text]) -> list[Positions]:
-    with ThreadPoolExecutor(len(passages)) as pool:
-        return list(pool.map(source.read, passages))
 
 
 def compare_positions(a: list[Positions], b: list[Positions]) -> Rows:

@@ -12,13 +12,8 @@ layer, which takes it only if it is then called with the very hidden states it w
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import importlib
-import inspect
-import textwrap
 import weakref
-from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -29,6 +24,7 @@ from torch import Tensor, nn
 from gemma_fold import ops
 from gemma_fold.kernels import layout
 from gemma_fold.runtime.norm import FoldedNorm
+from gemma_fold.runtime.source import statements_digest
 
 #: sha256 of the statements that `SandwichLayer.forward` stands for, layout and comments aside.
 _KNOWN_FORWARDS = frozenset({"19bb15ae20d3bae54efe83013247a9e1b46dc5755921125b706b92985cd3eca0"})
@@ -180,7 +176,7 @@ def _is_known(layer: nn.Module) -> bool:
     return (
         _MODELS.get(cls.__name__) == cls.__module__
         and all(type(getattr(layer, name, None)) is FoldedNorm for name in _NORMS)
-        and _statements_digest(cls.__dict__.get("forward")) in _KNOWN_FORWARDS
+        and statements_digest(cls.__dict__.get("forward")) in _KNOWN_FORWARDS
     )
 
 
@@ -188,19 +184,6 @@ def _fuse(layer: nn.Module) -> SandwichLayer:
     layer.__class__ = _fused_class(type(layer).__name__)
     assert isinstance(layer, SandwichLayer)
     return layer
-
-
-@cache
-def _statements_digest(forward: Callable[..., Any] | None) -> str:
-    try:
-        source = textwrap.dedent(inspect.getsource(forward))  # type: ignore[arg-type]
-        function = ast.parse(source).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return ""
-    if not isinstance(function, ast.FunctionDef):
-        return ""
-    statements = ast.unparse(ast.Module(function.body, []))
-    return hashlib.sha256(statements.encode()).hexdigest()
 
 
 @cache

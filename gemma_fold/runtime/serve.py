@@ -7,7 +7,7 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gemma_fold.checkpoint import hub
@@ -28,8 +28,8 @@ def serve(
     """Check a folded checkpoint, then serve it over an OpenAI-compatible API until interrupted.
 
     `checkpoint` is a folder or a Hub id (`org/name[@revision]`), which is downloaded. `engine` is
-    one of ENGINES; "auto" is transformers in this release. `engine_args` go to the engine's server
-    as they are.
+    one of ENGINES; "auto" is the first of them that is installed. `engine_args` go to the engine's
+    server as they are.
 
     Raises:
         UsageError: an engine or argument there is not.
@@ -38,17 +38,16 @@ def serve(
     """
     if engine not in ENGINES:
         raise UsageError(f"there is no engine {engine}; choose from {', '.join(ENGINES)}")
-    if engine == "vllm":
-        raise UsageError(
-            f"{engine} cannot serve folded checkpoints in this release; use --engine transformers"
-        )
+    engine = _installed() if engine == "auto" else engine
     folder = _folder(os.fspath(checkpoint))
     open_folded(folder)
     _check_port(host, port)
-    if engine == "sglang":
-        _serve_sglang(folder, host, port, engine_args)
-        return
-    _serve_transformers(folder, host, port, engine_args)
+    _SERVERS[engine](folder, host, port, engine_args)
+
+
+def _installed() -> str:
+    """The first engine that is installed; transformers, which says what to do, where none is."""
+    return next((name for name in _SERVERS if importlib.util.find_spec(name)), "transformers")
 
 
 def _folder(checkpoint: str) -> Path:
@@ -73,6 +72,12 @@ def _check_port(host: str, port: int) -> None:
         raise EnvironmentProblem(
             f"cannot listen on {host}:{port}: {reason}; choose another --host or --port"
         ) from error
+
+
+def _serve_vllm(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
+    from gemma_fold.runtime.vllm.server import serve
+
+    serve(folder, host, port, arguments)
 
 
 def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
@@ -110,11 +115,9 @@ def _serve_sglang(folder: Path, host: str, port: int, arguments: Sequence[str]) 
         raise EnvironmentProblem(
             "SGLang is not installed; install it beside gemma-fold, in one environment"
         )
-    plugins = [name for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
-    if plugins and "gemma_fold" not in map(str.strip, plugins):
-        raise UsageError(
-            f"SGLANG_PLUGINS={','.join(plugins)} leaves out gemma_fold; add it, or unset that"
-        )
+    plugins = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]
+    if any(plugins) and "gemma_fold" not in plugins:
+        raise UsageError("SGLANG_PLUGINS leaves out gemma_fold; add it, or unset that variable")
     command = ["--model-path", str(folder), "--host", host, "--port", str(port), *arguments]
     before, sys.argv = sys.argv, ["sglang.launch_server", *command]
     try:
@@ -124,3 +127,11 @@ def _serve_sglang(folder: Path, host: str, port: int, arguments: Sequence[str]) 
         return  # how a server is stopped
     finally:
         sys.argv = before
+
+
+#: By engine, in the order in which "auto" looks for them.
+_SERVERS: dict[str, Callable[[Path, str, int, Sequence[str]], None]] = {
+    "vllm": _serve_vllm,
+    "sglang": _serve_sglang,
+    "transformers": _serve_transformers,
+}

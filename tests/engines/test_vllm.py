@@ -1,0 +1,336 @@
+"""Real vLLM on the CPU: a folded checkpoint says what its original says, to the bit.
+
+`make engines` runs this in an environment with vLLM. The work is done by `vllm_worker.py`, in one
+process for many checks, because vLLM takes most of a minute to start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vllm_models
+from safetensors.torch import load_file, save_file
+
+from gemma_fold.convert import convert
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+FAMILIES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "nemotron",
+)
+NATIVE = FAMILIES[:-1]
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TQDM_DISABLE": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the worker sends functions to ask a model
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are shared with other processes
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+TOKENS = 4 * 48
+
+
+def work(
+    job: str, folder: Path, *arguments: str | Path, processes: bool = False, **environment: str
+) -> Any:
+    """What a job of the worker found. `processes`: every engine and worker in one of its own."""
+    result, log = folder / f"{job}.json", folder / f"{job}.log"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GEMMA_FOLD")}
+    env |= {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes)), **environment}
+    with log.open("wb") as output:
+        done = subprocess.run(
+            [sys.executable, str(WORKER), job, str(result), *map(str, arguments)],
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=900,
+        )
+    if done.returncode:
+        pytest.fail(f"{job} ended with {done.returncode}:\n{log.read_text()[-6000:]}")
+    return {**json.loads(result.read_text()), "log": log.read_text()}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the original and the folded checkpoint of every family."""
+    root = tmp_path_factory.mktemp("models")
+    for name in FAMILIES:
+        vllm_models.save(name, root / name)
+        convert(root / name, root / f"{name}-folded")
+    vllm_models.save("gemma3_text", root / "gemma3_other", seed=1)
+    convert(root / "gemma3_other", root / "gemma3_other-folded")
+    return root
+
+
+def assert_identical(found: dict[str, Any]) -> None:
+    assert found["tokens"] == TOKENS
+    assert found["different_tokens"] == 0
+    assert found["max_logprob_difference"] == 0.0
+    assert found["identical"]
+    assert found["distinct_tokens"] > 1, "a constant answer would agree with anything"
+
+
+def assert_close(found: dict[str, Any], difference: float) -> None:
+    """As near as another order of roundings allows."""
+    assert 0 <= found["max_logprob_difference"] <= difference
+
+
+# --- families ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def families(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return work("families", tmp_path_factory.mktemp("families"), models, ",".join(FAMILIES))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stock_mode_gives_the_bits_of_the_original(families: Any, name: str) -> None:
+    assert_identical(families[name]["stock"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_native_mode_folds_an_original_at_load_to_the_same_bits(families: Any, name: str) -> None:
+    assert_identical(families[name]["native"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_native_mode_says_what_stock_norms_say(families: Any, name: str) -> None:
+    assert_close(families[name]["native_runs"], 0.25)  # bf16, where the roundings differ
+    if "fp32" in families[name]:
+        assert_close(families[name]["fp32"], 1e-4)
+
+
+def test_native_mode_is_native_where_it_should_be(families: Any) -> None:
+    assert {name for name in FAMILIES if families[name]["native_norms"]} == {*NATIVE}
+
+
+# --- live updates --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def reloads(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return work("reloads", tmp_path_factory.mktemp("reloads"), models)
+
+
+@pytest.mark.parametrize("mode", ["stock", "native"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "disk",
+        "raw pushed",
+        "gammas pushed",
+        "gammas pushed twice",
+        "other folded path",
+        "original path",
+        "folded path",
+    ],
+)
+def test_an_update_lands_in_place_and_says_what_a_fresh_start_says(
+    reloads: Any, mode: str, step: str
+) -> None:
+    assert reloads[mode]["differ"], "the two models must be told apart"
+    found = reloads[mode]["steps"][step]
+    assert_identical(found)
+    assert found["in_place"]
+
+
+@pytest.mark.parametrize("mode", ["stock", "native"])
+def test_norms_can_be_pushed_alone(reloads: Any, mode: str) -> None:
+    assert reloads[mode]["steps"]["norms alone"]["taken"]
+
+
+@pytest.mark.parametrize("mode", ["stock", "native"])
+def test_what_bypasses_the_loaders_is_taken_right_or_refused(reloads: Any, mode: str) -> None:
+    for verdict in reloads[mode]["steps"]["kernel format"].values():
+        assert verdict == "taken" or verdict.startswith("refused"), verdict
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def edit_config(source: Path, folder: Path, **values: Any) -> None:
+    """A copy whose gemma_fold block has other values."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["gemma_fold"].update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensor(source: Path, folder: Path, name: str, tensor: torch.Tensor) -> None:
+    """A copy that holds `tensor` under `name`."""
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    assert name in tensors
+    save_file({**tensors, name: tensor}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def refusals(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("broken")
+    gemma, qwen = models / "gemma3_text-folded", models / "qwen3_5_text-folded"
+    edit_config(gemma, root / "later_format", format=2)
+    convert(models / "gemma3_text", root / "unlocked", tensor_lock=False)
+    norm = "model.layers.0.input_layernorm.weight"
+    raw = load_file(models / "gemma3_text" / "model.safetensors")[norm]
+    edit_tensor(gemma, root / "stray_raw", norm, raw)
+    plain = "model.layers.0.linear_attn.norm.weight"
+    gamma = torch.ones(128, 1)
+    edit_tensor(qwen, root / "stray_gamma", plain, gamma)
+    shutil.copytree(gemma, root / "gemma3_text-folded")
+    return work("refusals", tmp_path_factory.mktemp("refusals"), root)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("later_format", r"format 2.*upgrade gemma-fold"),
+        ("unlocked", r"without the tensor lock.*without --no-tensor-lock"),
+        ("stray_raw", r"1 of 13 norms in .* are not folded.*fold the original again"),
+        ("stray_gamma", r"does not load the folded Qwen3_5ForCausalLM.*serve the original"),
+        ("mode", r"GEMMA_FOLD=fast is no mode; use native or stock"),
+    ],
+)
+def test_a_wrong_checkpoint_is_refused_with_what_to_do(
+    refusals: Any, case: str, message: str
+) -> None:
+    assert re.search(message, refusals[case]), refusals[case]
+
+
+def test_without_the_plugin_vllm_stops_at_start(
+    models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("missing")
+    message = work("missing", folder, models, VLLM_PLUGINS="")["message"]
+    assert "gemma_fold" in message and "does not recognize" in message
+
+
+# --- several models, compilation, tensor parallelism ---------------------------------------------
+
+
+def test_models_of_both_kinds_in_one_process_and_of_transformers(
+    models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    found = work("others", tmp_path_factory.mktemp("others"), models)
+    assert_identical(found["transformers"])
+    assert_identical(found["after"])
+
+
+def test_torch_compile(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("compiled")
+    cache = str(folder / "cache")
+    found = work("compiled", folder, models, VLLM_CACHE_ROOT=cache)
+    assert_identical(found["stock"])
+    assert_identical(found["native"])
+    assert_close(found["native_runs"], 0.25)
+    assert_close(found["fused_qk"], 0.25)
+
+
+def test_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    found = work("tensor_parallel", tmp_path_factory.mktemp("tp"), models, processes=True)
+    assert_identical(found["stock"])
+    assert_close(found["native_runs"], 0.25)
+    assert found["reducing_norms"] == [4, 4]  # two layers, two projections each
+
+
+# --- the real 270M, through the commands ---------------------------------------------------------
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "gemma_fold", *map(str, arguments)]
+
+
+@contextmanager
+def server(arguments: list[str], log: Path) -> Iterator[str]:
+    """The address of a server that is ready; it is stopped at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*arguments, "--port", port],
+            env={**os.environ, **ENVIRONMENT},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            if process.poll() is not None:
+                pytest.fail(f"the server ended: {log.read_text()[-4000:]}")
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def folded_270m(real_270m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("real") / "folded"
+    convert(real_270m, folder)
+    return folder
+
+
+def report(*arguments: str | Path) -> Any:
+    """What `gemma-fold diff --json` finds of two sides that are the same."""
+    done = subprocess.run(
+        command("diff", *arguments, "--json"),
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def assert_same_outputs(found: Any) -> None:
+    stats = found["outputs"]["stats"]
+    assert stats["positions"] > 200
+    assert stats["positions_differing"] == 0 and stats["max_abs"] == 0
+    assert all(c["first_difference"] is None for c in found["outputs"]["greedy"])
+
+
+def test_served_alike(real_270m: Path, folded_270m: Path, tmp_path: Path) -> None:
+    options = ["--max-model-len", "2048", "--enforce-eager"]
+    stock = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(real_270m), *options]
+    ours = command("serve", folded_270m, "--engine", "vllm")
+    with (
+        server(stock, tmp_path / "stock.log") as a,
+        server([*ours, *options], tmp_path / "ours.log") as b,
+    ):
+        found = report(a, b, "--timeout", "600")
+    assert_same_outputs(found)
+
+
+def test_diff_runs_vllm(real_270m: Path, folded_270m: Path) -> None:
+    found = report(real_270m, folded_270m, "--engine", "vllm", "--context", "256")
+    assert_same_outputs(found)
+    assert found["outputs"]["engines"] == ["vllm, bfloat16 on cpu"] * 2
