@@ -129,13 +129,19 @@ def test_without_the_plugin_a_server_does_not_start(
 # Models in this process
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [(family, "stock") for family in FAMILIES]
+    # Where no two norms work as one.
+    + [(family, "native") for family in ("vaultgemma", "qwen3_next", "qwen3_5", "qwen3_5_moe")],
+)
 def test_a_folded_model_is_the_original_to_sglang(
-    family: str, checkpoints: Checkpoints, sglang: Any
+    family: str, mode: str, checkpoints: Checkpoints, sglang: Any
 ) -> None:
     """Config, architecture, every parameter, and every norm's output, to the bit."""
     original = sglang.Loaded(checkpoints.original(family))
-    folded = sglang.Loaded(checkpoints.folded(family))
+    with sglang.mode(mode):
+        folded = sglang.Loaded(checkpoints.folded(family))
     assert folded.config.hf_config.architectures == original.config.hf_config.architectures
     assert folded.config.hf_config.model_type == original.config.hf_config.model_type
     assert folded.config.dtype == original.config.dtype

@@ -142,3 +142,133 @@ def test_the_fused_path_is_still_sglangs_own_method(sglang: Any, weight: torch.T
     third = Gemma3RMSNorm(8)
     adopted(third)
     assert not hasattr(third, "forward_with_allreduce_fusion")
+
+
+# gemma-fold's kernels
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+class Block(torch.nn.Module):
+    """Stands for an attention or an MLP, whose kernels are not what is tested."""
+
+    def __init__(self, hidden: int, seed: int) -> None:
+        super().__init__()
+        self.is_sliding = True
+        generator = torch.Generator().manual_seed(seed)
+        self.scale = torch.randn(hidden, generator=generator).bfloat16()
+
+    def forward(self, x: Any = None, hidden_states: Any = None, **_: Any) -> torch.Tensor:
+        x = hidden_states if x is None else x
+        return torch.tanh(x.flip(-1)) * self.scale
+
+
+def blocked(loaded: Any) -> Any:
+    """The decoder of a loaded model around blocks that are alike in every model."""
+    text = loaded.model.model
+    for index, layer in enumerate(text.layers):
+        layer.self_attn = Block(text.config.hidden_size, 2 * index)
+        layer.mlp = Block(text.config.hidden_size, 2 * index + 1)
+    return text
+
+
+def run(text: Any, tokens: int = 6) -> Any:
+    ids = torch.arange(3, 3 + tokens)
+    with torch.no_grad():
+        return text(ids, torch.arange(tokens), None)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_sandwiches_run_as_one_operator_with_the_same_bits(
+    family: str, sglang: Any, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gemma_fold import ops
+
+    expected = run(blocked(sglang.Loaded(checkpoints.original(family))))
+    with sglang.mode("native"):
+        text = blocked(sglang.Loaded(checkpoints.folded(family)))
+    fused, calls = ops.rms_norm_add_rms_norm, []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args[0].shape)
+        return fused(*args)
+
+    monkeypatch.setattr(ops, "rms_norm_add_rms_norm", counted)
+    assert torch.equal(run(text), expected)
+    assert len(calls) == 2 * len(text.layers)
+
+
+def test_a_draft_model_reads_what_it_always_read(sglang: Any, checkpoints: Checkpoints) -> None:
+    """SGLang keeps the inputs of some layers for it: those are normed."""
+    results = []
+    for mode in (None, "native"):
+        with sglang.mode(mode):
+            text = blocked(sglang.Loaded(checkpoints.original("gemma3_text")))
+        text.layers_to_capture = [1, 2]
+        results.append(run(text))
+    (expected, captured), (found, ours) = results
+    assert torch.equal(found, expected)
+    assert len(ours) == len(captured) == 2
+    assert all(torch.equal(a, b) for a, b in zip(ours, captured, strict=True))
+
+
+def test_a_split_prefill_keeps_what_it_always_kept(sglang: Any, checkpoints: Checkpoints) -> None:
+    kept = []
+    for mode in (None, "native"):
+        with sglang.mode(mode):
+            loaded = sglang.Loaded(checkpoints.original("gemma3_text"))
+        blocked(loaded)
+        batch = SimpleNamespace()
+        ids = torch.arange(3, 9)
+        with torch.no_grad():
+            loaded.model.forward_split_prefill(ids, torch.arange(6), batch, (0, 1))
+        kept.append(batch.hidden_states)
+    assert torch.equal(kept[0], kept[1])
+
+
+def test_a_layer_that_is_not_known_keeps_its_norms_apart(
+    sglang: Any, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gemma_fold.runtime.sglang import sandwich
+
+    monkeypatch.setitem(sandwich._KNOWN, "Gemma3DecoderLayer", {"forward": "another"})
+    with sglang.mode("native"):
+        loaded = sglang.Loaded(checkpoints.folded("gemma3_text"))
+    kinds = {type(norm).__mro__[1].__name__ for norm in loaded.norms().values()}
+    assert kinds == {"NativeNorm"}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_native_norms_trace_without_a_graph_break(
+    family: str, sglang: Any, checkpoints: Checkpoints
+) -> None:
+    with sglang.mode("native"):
+        text = blocked(sglang.Loaded(checkpoints.folded(family)))
+    layer = text.layers[0]
+    x, residual = torch.randn(2, 5, text.config.hidden_size).bfloat16()
+
+    def sandwich(x: torch.Tensor, residual: torch.Tensor) -> Any:
+        x = layer.post_attention_layernorm(x)
+        return layer.pre_feedforward_layernorm(x, residual)
+
+    with torch.no_grad():
+        traced = torch.compile(sandwich, backend="eager", fullgraph=True)(x, residual)
+        for found, expected in zip(traced, sandwich(x, residual), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_heads_keep_their_layout(sglang: Any) -> None:
+    """Attention code turns transposed heads back and expects them to be dense."""
+    from gemma_fold.runtime.sglang.native import rms_norm
+
+    packed = torch.randn(5, 64).bfloat16()
+    heads = packed[:, :32].unflatten(-1, (4, 8)).transpose(0, 1).unsqueeze(0)
+    gamma = torch.randn(8)
+    normed = rms_norm(heads, gamma, 1e-6)
+    assert normed.transpose(1, 2).is_contiguous()
+    x = heads.double()
+    exact = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * gamma.double()
+    torch.testing.assert_close(normed.double(), exact, rtol=2**-8, atol=0)

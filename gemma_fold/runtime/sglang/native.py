@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemma_fold import ops
 from gemma_fold.kernels import layout
 from gemma_fold.ops import AllReduceWorkspace
 from gemma_fold.runtime.sglang.all_reduce import attention_group_size
-from gemma_fold.runtime.sglang.norms import GainedNorm
+from gemma_fold.runtime.sglang.norms import GainedNorm, gained_norms
 
 
 class NativeNorm(GainedNorm):
@@ -63,21 +63,34 @@ def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
 
     The code around transposed query and key heads relies on that layout.
     """
-    if x.is_contiguous() or x.stride(-1) != 1:
-        return ops.rms_norm(x.contiguous(), gamma, eps)
-    strides: tuple[int, ...] = x.stride()
-    order = sorted(range(x.dim() - 1), key=lambda dim: -strides[dim])
-    inverse = [order.index(dim) for dim in range(x.dim() - 1)]
-    normed = ops.rms_norm(x.permute(*order, -1).contiguous(), gamma, eps)
-    return normed.permute(*inverse, -1)
+    order = layout.memory_order(x)
+    rows = x if order is None else x.permute(tuple(order))
+    if (
+        rows.dim() > 2 or rows.stride(-1) != 1
+    ):  # heads sliced out of a packed projection are not one stride apart
+        rows = rows.contiguous()
+    normed = ops.rms_norm(rows, gamma, eps)
+    return normed if order is None else normed.permute(layout.inverse(order))
+
+
+def share_workspace(model: nn.Module, hidden: int) -> None:
+    """Give the norms of rows of `hidden` in `model` an all-reduce workspace, where they need one.
+
+    Collective: every rank builds the same models in the same order.
+    """
+    for _, norm in gained_norms(model):
+        if isinstance(norm, NativeNorm) and norm.gamma32.shape[0] == hidden:
+            weight = norm.weight
+            norm.workspace = all_reduce_workspace(hidden, weight.dtype, norm.gamma32.device)
 
 
 def all_reduce_workspace(hidden: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """The workspace of the attention group for rows of `hidden`; None for one rank.
+    """The workspace of the attention group for rows of `hidden`; None where SGLang reduces better.
 
-    Collective where it is new: every rank builds the same models in the same order.
+    That is for one rank, where batches overlap (they would share the buffers), and on GPUs that do
+    not reach each other's memory. Collective where it is new.
     """
-    if attention_group_size() == 1:
+    if attention_group_size() == 1 or _batches_overlap():
         return None
     key = (hidden, dtype)
     if key not in _workspaces:
@@ -86,7 +99,18 @@ def all_reduce_workspace(hidden: int, dtype: torch.dtype, device: torch.device) 
         _workspaces[key] = AllReduceWorkspace(
             get_attn_tp_group().device_group, hidden=hidden, dtype=dtype, device=device
         )
-    return _workspaces[key].name
+    workspace = _workspaces[key]
+    return workspace.name if workspace.fused or device.type == "cpu" else None
+
+
+def _batches_overlap() -> bool:
+    from sglang.srt.runtime_context import get_server_args
+
+    settings = get_server_args()
+    return any(
+        getattr(settings, name, False)
+        for name in ("enable_two_batch_overlap", "enable_single_batch_overlap", "enable_pdmux")
+    )
 
 
 _workspaces: dict[tuple[int, torch.dtype], AllReduceWorkspace] = {}

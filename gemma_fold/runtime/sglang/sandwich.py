@@ -6,17 +6,12 @@ parallelism the all-reduce of the block's output before them. The layers' code s
 modules is linked, the first hands its input through, and the second does the work of both.
 
 That is right only where nothing reads what is handed through, so a layer or model is only touched
-where its forward is, statement for statement, one that was read.
+where its methods are, statement for statement, those that were read.
 """
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import inspect
-import textwrap
-from collections.abc import Callable
-from functools import cache
+from functools import wraps
 from itertools import pairwise
 from typing import Any
 
@@ -25,35 +20,56 @@ from torch import Tensor, nn
 from gemma_fold import ops
 from gemma_fold.runtime.sglang.native import NativeNorm, all_reduce_workspace, rms_norm, takes
 from gemma_fold.runtime.sglang.norms import derive
+from gemma_fold.runtime.source import statements_digest
 
-#: sha256 of the statements of known forwards, layout and comments aside, by class.
-_KNOWN = {
-    "Gemma2DecoderLayer": frozenset({"0"}),
-    "Gemma3DecoderLayer": frozenset({"0"}),
-    "Gemma2Model": frozenset({"0"}),
-    "Gemma3TextModel": frozenset({"0"}),
-}
 _MODELS = {"Gemma2Model": "Gemma2DecoderLayer", "Gemma3TextModel": "Gemma3DecoderLayer"}
+#: Every method of these classes by the sha256 of its statements, in SGLang 0.5.17 to 0.5.21.
+_KNOWN = {
+    "Gemma2Model": {"forward": "53e3d06d41215d96a64ae2e58d466b404e66459afffbc48993086116924d3021"},
+    "Gemma2DecoderLayer": {
+        "forward": "b485fed61c7e10051cec19048240101f4d29cd608873de6da5a706c57be7abff"
+    },
+    "Gemma2Attention": {
+        "forward": "18eda2bfd0435a3489e7c6922d7ddb075edc621ea12a45b58bc9efbec87e56b2"
+    },
+    "Gemma2MLP": {"forward": "83cf913241cbd00c8d9884472a7728fb0f126bcfaf0786c3e1d471fc79326de0"},
+    "Gemma3TextModel": {
+        "forward": "87bbab9f01558b2005609eff017153bea7cbb841feef71eb51f64c13fc57bd7f"
+    },
+    "Gemma3DecoderLayer": {
+        "forward": "6159830b30d734330700a911f13a8055c0786b76f8417dadaf8231cddc2a8f62"
+    },
+    "Gemma3Attention": {
+        "forward": "7ff418f9368ecd62c2c5924d14eede9713dd7e326645e4d2c6dd87b68562d805",
+        "forward_native": "3e26553febdee5e0c880946266c7052c8db6a15ef96647dab3fc0ad288ac11c1",
+        "forward_cpu": "1d372760112481a365118d67fc023e148e4a8f325d27630603dec69e94dda268",
+    },
+    "Gemma3MLP": {"forward": "83cf913241cbd00c8d9884472a7728fb0f126bcfaf0786c3e1d471fc79326de0"},
+}
 
 
 class Link:
-    """Two norms with nothing but a residual add between them.
+    """What the pairs of a model have in common.
 
     Attributes:
-        captured: layers whose input the model keeps for a draft model, which must be the normed
-            one: while there are any, each norm works for itself. SGLang sets it after loading.
-        workspace: name of the all-reduce workspace if the first norm's input is one rank's part
+        workspace: name of the all-reduce workspace if the first norms' inputs are one rank's part
             of a sum, else None.
+        split: whether the model is running a few layers at a time.
     """
 
     def __init__(self, model: nn.Module, workspace: str | None) -> None:
         self._model = (model,)  # in a tuple, so that no module registers it as a child
         self.workspace = workspace
+        self.split = False
 
     @property
     def open(self) -> bool:
-        """Whether the first norm hands through."""
-        return not getattr(self._model[0], "layers_to_capture", None)
+        """Whether the first norms hand through.
+
+        They do not where what they return is read: between two parts of a split forward, and by a
+        draft model, whose layers SGLang sets after loading.
+        """
+        return not (self.split or getattr(self._model[0], "layers_to_capture", None))
 
 
 class PostNorm(NativeNorm):
@@ -95,10 +111,11 @@ class PreNorm(NativeNorm):
         """``x``: what the first norm returned; ``residual``: [tokens, H]."""
         (post,) = self.post
         link = post.link
-        if not link.open or not takes(x, residual):
+        if not link.open or not takes(x, None):
             return super().forward(x, residual, post_residual_addition)
-        if residual is None:  # SGLang's split prefill drops it
-            return super().forward(rms_norm(post.completed(x), post.gamma32, post.epsilon))
+        if residual is None or not takes(x, residual):
+            normed = rms_norm(post.completed(x), post.gamma32, post.epsilon)
+            return super().forward(normed, residual, post_residual_addition)
         if post_residual_addition is not None:
             residual = residual + post_residual_addition
         gains = (post.gamma32, self.gamma32)
@@ -110,63 +127,88 @@ class PreNorm(NativeNorm):
 
 
 def pair_norms(model: nn.Module) -> int:
-    """Link the sandwich norms of every known Gemma 2 or 3 in `model`; returns the pairs."""
+    """Link the sandwich norms of every known Gemma 2 or 3 in `model`; returns the pairs.
+
+    Collective with tensor parallelism: every rank builds the same models in the same order.
+    """
+    modules = list(model.modules())
     pairs = 0
-    for module in list(model.modules()):
-        layer_class = _MODELS.get(type(module).__name__)
-        if layer_class is not None and _is_known(module):
-            pairs += _pair(module, layer_class)
+    for text in modules:
+        layer_class = _MODELS.get(type(text).__name__)
+        if layer_class is None or not _is_known(text):
+            continue
+        norms = _sandwiches(text, layer_class)
+        if norms:
+            link = Link(text, _defer_all_reduce(text))
+            _link(norms, link)
+            for owner in modules:
+                if getattr(owner, "model", None) is text:
+                    _close_while_split(owner, link)
+        pairs += len(norms)
     return pairs
 
 
-def _pair(model: nn.Module, layer_class: str) -> int:
-    layers: list[Any] = list(model.layers)  # type: ignore[arg-type]
+def _sandwiches(text: Any, layer_class: str) -> list[tuple[Any, Any]]:
+    layers = list(text.layers)
     if not layers or not all(type(x).__name__ == layer_class and _is_known(x) for x in layers):
-        return 0
+        return []
     norms = [(layer.post_attention_layernorm, layer.pre_feedforward_layernorm) for layer in layers]
     norms += [(a.post_feedforward_layernorm, b.input_layernorm) for a, b in pairwise(layers)]
-    norms.append((layers[-1].post_feedforward_layernorm, model.norm))
-    if not all(type(norm).__mro__[1] is NativeNorm for pair in norms for norm in pair):
-        return 0
-    link = Link(model, _defer_all_reduce(layers))
+    norms.append((layers[-1].post_feedforward_layernorm, text.norm))
+    native = all(type(norm).__mro__[1] is NativeNorm for pair in norms for norm in pair)
+    return norms if native else []
+
+
+def _link(norms: list[tuple[Any, Any]], link: Link) -> None:
     for post, pre in norms:
         post.__class__ = derive(PostNorm, type(post).__mro__[2])
         pre.__class__ = derive(PreNorm, type(pre).__mro__[2])
         post.link = link
         pre.__dict__["post"] = (post,)
-    return len(norms)
 
 
-def _defer_all_reduce(layers: list[Any]) -> str | None:
+def _defer_all_reduce(text: Any) -> str | None:
     """Leave the sums of the layers' last projections to the norms; None where there are none."""
-    projections = [x for layer in layers for x in (layer.self_attn.o_proj, layer.mlp.down_proj)]
-    if not all(x.tp_size > 1 and x.reduce_results for x in projections):
+    blocks = [block for layer in text.layers for block in (layer.self_attn, layer.mlp)]
+    projections = [
+        block.o_proj if hasattr(block, "o_proj") else block.down_proj for block in blocks
+    ]
+    ready = all(x.tp_size > 1 and x.reduce_results for x in projections)
+    if not ready or not all(map(_is_known, blocks)):
         return None
-    weight = layers[0].input_layernorm.weight
-    workspace = all_reduce_workspace(weight.shape[0], weight.dtype, weight.device)
+    norm = text.norm
+    hidden, dtype = norm.weight.shape[0], norm.weight.dtype
+    workspace = all_reduce_workspace(hidden, dtype, norm.gamma32.device)
     if workspace is not None:
         for projection in projections:
             projection.reduce_results = False
     return workspace
 
 
+def _close_while_split(owner: Any, link: Link) -> None:
+    """SGLang's split prefill keeps what a layer returns, so that must be what it always was."""
+    forward = getattr(owner, "forward_split_prefill", None)
+    if forward is None:
+        return
+
+    @wraps(forward)
+    def forward_closed(*args: Any, **kwargs: Any) -> Any:
+        link.split = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            link.split = False
+
+    owner.__dict__["forward_split_prefill"] = forward_closed
+
+
 def _is_known(module: nn.Module) -> bool:
     cls = type(module)
-    known = _KNOWN[cls.__name__]
-    return cls.__module__.startswith("sglang.srt.models.gemma") and (
-        statements_digest(cls.__dict__.get("forward")) in known
+    known = _KNOWN.get(cls.__name__)
+    return (
+        known is not None
+        and cls.__module__.startswith("sglang.srt.models.gemma")
+        and all(
+            statements_digest(cls.__dict__.get(name)) == digest for name, digest in known.items()
+        )
     )
-
-
-@cache
-def statements_digest(forward: Callable[..., Any] | None) -> str:
-    """sha256 of the statements of a function, layout and comments aside."""
-    try:
-        source = textwrap.dedent(inspect.getsource(forward))  # type: ignore[arg-type]
-        function = ast.parse(source).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return ""
-    if not isinstance(function, ast.FunctionDef):
-        return ""
-    statements = ast.unparse(ast.Module(function.body, []))
-    return hashlib.sha256(statements.encode()).hexdigest()

@@ -67,9 +67,11 @@ def initialize(original: Callable[..., nn.Module], *args: Any, **kwargs: Any) ->
     for _, norm in norms:
         adopt(norm, mode.norm_class(norm))
     if mode is Mode.NATIVE:
+        from gemma_fold.runtime.sglang.native import share_workspace
         from gemma_fold.runtime.sglang.sandwich import pair_norms
 
-        pair_norms(model)
+        if not pair_norms(model):
+            share_workspace(model, model_config.hidden_size)
     if folded is not None:
         _accept_gammas(model, folded)
     return model
