@@ -67,14 +67,18 @@ def side_by_side(*jobs: Callable[[], Any]) -> list[Any]:
         return [future.result() for future in [pool.submit(job) for job in jobs]]
 
 
-@pytest.mark.parametrize(("family", "mode"), [("gemma2", "stock"), ("gemma3_text", "native")])
+@pytest.mark.parametrize(
+    ("family", "mode", "ranks"), [("gemma2", "stock", 1), ("gemma3_text", "native", 2)]
+)
 def test_a_server_says_what_it_says_for_the_original(
-    family: str, mode: str, checkpoints: Checkpoints, tmp_path: Path
+    family: str, mode: str, ranks: int, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     """Before and after the server is told to load other weights from disk."""
 
     def says(kind: Callable[[str, int], Path], log: str, **environment: str) -> tuple[Any, Any]:
-        with started(kind(family, 0), tmp_path / log, *OPTIONS, **environment) as server:
+        options = (*OPTIONS, f"--tp-size={ranks}")
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
+        with started(kind(family, 0), tmp_path / log, *options, **environment) as server:
             before = server.outputs()
             answer = server.post("/update_weights_from_disk", model_path=str(kind(family, 1)))
             assert answer["success"], answer
