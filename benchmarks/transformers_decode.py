@@ -48,6 +48,7 @@ TINY = {
 }  # fmt: skip
 VARIANTS = {
     "stock": "the model as transformers has it",
+    "copy": "the same again, copied: what being another model in the process costs",
     "folded": "gemma_fold.fold_model(model)",
     "unfused": "folded, every norm by itself",
     "traced": "folded, the norms as plain torch for the compiler to fuse",
@@ -71,6 +72,8 @@ def build(device: str, shape: dict[str, Any]) -> Any:
 def variant(stock: Any, name: str) -> Any:
     if name == "stock":
         return stock
+    if name == "copy":
+        return copy.deepcopy(stock)
     model = gemma_fold.fold_model(copy.deepcopy(stock))
     if name == "unfused":
         sandwich.split_layers(model)
@@ -129,9 +132,11 @@ def time_decoding(models: dict[str, Any], args: argparse.Namespace) -> Iterator[
                 generate[name] = generator(model, ids, args.new, static=mode == "static")
             times: dict[str, list[float]] = {name: [] for name in models}
             for turn in range(args.warmup + args.rounds):
-                for name, call in generate.items():
+                # Each variant is first, second, ... in turn.
+                names = list(generate)
+                for name in names[turn % len(names) :] + names[: turn % len(names)]:
                     with operators(name):
-                        taken = seconds(call)
+                        taken = seconds(generate[name])
                     if turn >= args.warmup:
                         times[name].append(taken)
             for name in models:

@@ -19,12 +19,13 @@ from gemma_fold import ops
 from gemma_fold.errors import UnsupportedModelError
 from gemma_fold.kernels import families, layout, reference
 from gemma_fold.rules import Fold
+from gemma_fold.runtime.watched import Watched
 
 #: Names a zero-centred norm gives its gain.
 _GAIN_NAMES = ("weight", "gamma")
 
 
-class FoldedNorm(nn.Module):
+class FoldedNorm(Watched):
     """A norm with folded fp32 gain; made by :meth:`adopt`, never constructed.
 
     Attributes:
@@ -33,6 +34,7 @@ class FoldedNorm(nn.Module):
         gain_name: its parameter, fp32 [H, 1] (or [H] while an unlocked checkpoint loads).
         epsilon: added to the mean square or the variance.
         group: columns normed together, or None for all of them.
+        is_rms: whether it is an RMSNorm of whole rows that adds in fp32, as nearly all are.
     """
 
     origin: type[nn.Module]
@@ -40,6 +42,7 @@ class FoldedNorm(nn.Module):
     gain_name: str
     epsilon: float
     group: int | None
+    is_rms: bool
     bias: Tensor | None
 
     @staticmethod
@@ -72,9 +75,16 @@ class FoldedNorm(nn.Module):
             epsilon=_epsilon(module),
             group=getattr(module, "group_size", None),
         )
+        # One attribute for forward to ask: under torch.compile each is a guard.
+        module.__dict__["is_rms"] = (
+            fold.norm == "rms_norm"
+            and fold.add_dtype == "float32"
+            and module.__dict__["group"] is None
+        )
         module._parameters[name] = nn.Parameter(gamma, requires_grad=weight.requires_grad)
         module.__class__ = FoldedNorm
         assert isinstance(module, FoldedNorm)
+        module.watch()
         return module
 
     def restore(self, dtype: torch.dtype) -> nn.Module:
@@ -86,7 +96,7 @@ class FoldedNorm(nn.Module):
             weight, requires_grad=parameter.requires_grad
         )
         origin = self.origin
-        for name in ("origin", "fold", "gain_name", "epsilon", "group"):
+        for name in ("origin", "fold", "gain_name", "epsilon", "group", "is_rms", "plain"):
             delattr(self, name)
         self.__class__ = origin  # type: ignore[assignment]
         return self
@@ -107,6 +117,8 @@ class FoldedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x``: [..., H]. Returns the norm in the dtype of `x`."""
         gamma = self._parameters[self.gain_name].view(-1)  # type: ignore[union-attr]
+        if self.is_rms:
+            return self._rms_norm(x, gamma)
         if self.fold.norm == "layer_norm":
             if self.fold.mul_dtype == "storage":
                 return families.layer_norm_then_scale(x, gamma, self.epsilon)
@@ -115,6 +127,9 @@ class FoldedNorm(nn.Module):
             gamma = gamma.to(x.dtype).float()
         if self.group is not None:
             return families.grouped_rms_norm(x, gamma, self.group, self.epsilon)
+        return self._rms_norm(x, gamma)
+
+    def _rms_norm(self, x: Tensor, gamma: Tensor) -> Tensor:
         if x.dtype not in layout.ACTIVATION_DTYPES or x.shape[-1] > layout.MAX_HIDDEN:
             return reference.rms_norm(x, gamma, self.epsilon)
         return ops.rms_norm(x, gamma, self.epsilon)

@@ -6,7 +6,7 @@ forward is, statement for statement, the one the fused forward stands for; any o
 model keeps its forward and runs norm by norm, with the same results.
 
 Two places in a layer have that pattern. The second spans two layers: the norm after the
-feed-forward block, and the next layer's first norm. There the normed tensor waits at the next
+feed-forward block, and the next layer's first norm. There the normed tensor waits for the next
 layer, which takes it only if it is then called with the very hidden states it was made from.
 """
 
@@ -25,6 +25,7 @@ from gemma_fold import ops
 from gemma_fold.kernels import layout
 from gemma_fold.runtime.norm import FoldedNorm
 from gemma_fold.runtime.source import statements_digest
+from gemma_fold.runtime.watched import Watched
 
 #: sha256 of the statements that `SandwichLayer.forward` stands for, layout and comments aside.
 _KNOWN_FORWARDS = frozenset({"19bb15ae20d3bae54efe83013247a9e1b46dc5755921125b706b92985cd3eca0"})
@@ -40,17 +41,29 @@ _NORMS = (
 )
 
 
-class SandwichLayer(nn.Module):
+class Handoff:
+    """What a layer leaves for the next one; all layers of a list share it.
+
+    One place, not one in each layer: torch.compile writes every attribute back that a call changed.
+
+    Attributes:
+        waiting: the next layer, the hidden states for it, and their first norm.
+    """
+
+    waiting: tuple[SandwichLayer, Tensor, Tensor] | None = None
+
+
+class SandwichLayer(Watched):
     """The forward of a Gemma 2/3 decoder layer, over fused operators.
 
     Attributes:
         follower: the layer called next, as far as the model's list of layers tells.
-        waiting: hidden states and their first norm, left here by the layer before.
+        handoff: where the layer before leaves what it has for this one.
     """
 
     follower: weakref.ref[SandwichLayer] | None = None
-    waiting: tuple[Tensor, Tensor] | None = None
-    input_layernorm: nn.Module
+    handoff: Handoff | None = None
+    input_layernorm: FoldedNorm
     self_attn: nn.Module
     post_attention_layernorm: nn.Module
     pre_feedforward_layernorm: nn.Module
@@ -67,9 +80,11 @@ class SandwichLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """``hidden_states``: [batch, tokens, H]; the rest goes to the attention as it is."""
-        waiting, self.waiting = self.waiting, None
-        if waiting is not None and waiting[0] is hidden_states:
-            x = waiting[1]
+        waiting, handoff = None, self.handoff
+        if handoff is not None:
+            waiting, handoff.waiting = handoff.waiting, None
+        if waiting is not None and waiting[0] is self and waiting[1] is hidden_states:
+            x = waiting[2]
         else:
             x = self.input_layernorm(hidden_states)
         x, _ = self.self_attn(
@@ -85,12 +100,12 @@ class SandwichLayer(nn.Module):
         )
         x = self.mlp(x)
         follower = self._follower()
-        if follower is None:
+        if follower is None or handoff is None:
             return residual + self.post_feedforward_layernorm(x)  # type: ignore[no-any-return]
         x, output = _sandwich(
             x, residual, self.post_feedforward_layernorm, follower.input_layernorm
         )
-        follower.waiting = (output, x)
+        handoff.waiting = (follower, output, x)
         return output
 
     def _follower(self) -> SandwichLayer | None:
@@ -103,9 +118,9 @@ class SandwichLayer(nn.Module):
         if (
             follower is None
             or torch.is_grad_enabled()
-            or not _untouched(self)
-            or not _untouched(follower)
-            or not _untouched(follower.input_layernorm)
+            or not self.plain
+            or not follower.plain
+            or not follower.input_layernorm.plain
         ):
             return None
         return follower
@@ -114,19 +129,8 @@ class SandwichLayer(nn.Module):
         # A copy or a pickle must not drag the other layers along, and has other neighbours.
         state = self.__dict__.copy()
         state.pop("follower", None)
-        state.pop("waiting", None)
+        state.pop("handoff", None)
         return state
-
-
-def _untouched(module: nn.Module) -> bool:
-    """Whether nothing is attached to `module` that its plain call would run."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def _sandwich(
@@ -136,8 +140,8 @@ def _sandwich(
     if (
         type(post) is FoldedNorm
         and type(pre) is FoldedNorm
-        and _untouched(post)
-        and _untouched(pre)
+        and post.plain
+        and pre.plain
         and x.dtype == residual.dtype
         and x.dtype in layout.ACTIVATION_DTYPES
         and x.shape[-1] <= layout.MAX_HIDDEN
@@ -156,6 +160,9 @@ def fuse_layers(model: nn.Module) -> int:
         if not isinstance(module, nn.ModuleList):
             continue
         layers = [_fuse(layer) for layer in module if _is_known(layer)]
+        handoff = Handoff()
+        for layer in layers:
+            layer.handoff = handoff
         for layer, follower in pairwise(layers):
             layer.follower = weakref.ref(follower)
         fused += len(layers)
@@ -166,7 +173,7 @@ def split_layers(model: nn.Module) -> None:
     """Undo :func:`fuse_layers`."""
     for module in model.modules():
         if isinstance(module, SandwichLayer):
-            for name in ("follower", "waiting"):
+            for name in ("follower", "handoff", "plain"):
                 module.__dict__.pop(name, None)
             module.__class__ = type(module).__bases__[1]
 
@@ -183,6 +190,7 @@ def _is_known(layer: nn.Module) -> bool:
 def _fuse(layer: nn.Module) -> SandwichLayer:
     layer.__class__ = _fused_class(type(layer).__name__)
     assert isinstance(layer, SandwichLayer)
+    layer.watch()
     return layer
 
 
