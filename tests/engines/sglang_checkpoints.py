@@ -37,7 +37,26 @@ def save(model_type: str, folder: Path, seed: int = 0) -> Path:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     if model_type == "gemma3":
         _name_towers(folder / "model.safetensors")
+    if model_type.startswith("qwen3"):
+        _add_draft(folder / "model.safetensors")
     return folder
+
+
+def _add_draft(file: Path) -> None:
+    """The layer that predicts a second token, as Qwen publishes it beside the model."""
+    tensors = load_file(file)
+    norm = next(name for name in tensors if name.endswith("layers.1.input_layernorm.weight"))
+    layer, hidden = norm.removesuffix("input_layernorm.weight"), tensors[norm].shape[0]
+    generator = torch.Generator().manual_seed(7)
+    draft = {"mtp.fc.weight": torch.randn(hidden, 2 * hidden, generator=generator) * 0.02}
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        draft[f"mtp.{name}.weight"] = torch.randn(hidden, generator=generator)
+    for name, tensor in tensors.items():
+        if name.startswith(layer):
+            shift = 0.25 if tensor.dim() == 1 else 0.0
+            draft[f"mtp.layers.0.{name.removeprefix(layer)}"] = tensor + shift
+    tensors.update({name: tensor.bfloat16() for name, tensor in draft.items()})
+    save_file(tensors, file, {"format": "pt"})
 
 
 def _name_towers(file: Path) -> None:

@@ -59,8 +59,14 @@ class Loaded:
         updater: SGLang's weight updates, on this model.
     """
 
-    def __init__(self, folder: Path, load_format: str = "auto", weights: str | None = None) -> None:
-        self.config = ModelConfig(str(folder))
+    def __init__(
+        self,
+        folder: Path,
+        load_format: str = "auto",
+        weights: str | None = None,
+        draft: bool = False,
+    ) -> None:
+        self.config = ModelConfig(str(folder), is_draft_model=draft)
         if weights is not None:
             self.config.model_weights = weights  # as for the address of a remote store
         load = LoadConfig(load_format=load_format)

@@ -166,6 +166,24 @@ def test_a_folded_model_is_the_original_to_sglang(
     sglang.check_gains(folded, original.state())
 
 
+@pytest.mark.parametrize("mode", ["stock", "native"])
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5", "qwen3_5_moe"])
+def test_a_draft_model_loads_its_part(
+    family: str, mode: str, checkpoints: Checkpoints, sglang: Any
+) -> None:
+    """SGLang's NEXTN: its own layer and norms from the same checkpoint, the rest the target's."""
+    original = sglang.Loaded(checkpoints.original(family), draft=True)
+    with sglang.mode(mode):
+        folded = sglang.Loaded(checkpoints.folded(family), draft=True)
+    assert type(folded.model) is type(original.model)
+    assert type(folded.model).__name__.endswith("MTP")
+    expected, found = original.state(), folded.state()
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert set(different) <= {"lm_head.weight", "model.embed_tokens.weight"}  # not loaded here
+    assert len(folded.norms()) == 7
+    sglang.check_gains(folded, expected)
+
+
 def activations(hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     x, residual = torch.randn(2, 5, hidden, generator=generator).bfloat16()
