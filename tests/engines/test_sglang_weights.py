@@ -98,16 +98,16 @@ def by_broadcast(loaded: Any, pushed: Pushed) -> tuple[bool, str]:
             shapes=[tensor.shape for _, tensor in pushed.tensors],
             group_name="trainer",
         )
-        result = loaded.updater.load_weights_from_distributed(received)
-        assert sender.wait(60) == 0
-        loaded.updater.destroy_weights_update_group("trainer")
-        return result
+        return loaded.updater.load_weights_from_distributed(received)
     finally:
+        loaded.updater.destroy_weights_update_group("trainer")
         sender.kill()
+        sender.wait()
 
 
 SENDER = """
 import sys
+import time
 from datetime import timedelta
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -121,6 +121,7 @@ group, _ = _new_process_group_helper(
 dist.distributed_c10d._world.pg_group_ranks[group] = {0: 0, 1: 1}
 for tensor in load_file(sys.argv[1]).values():
     dist.broadcast(tensor, src=0, group=group)
+time.sleep(600)  # until it is killed: the group goes away at the other end first
 """
 
 
