@@ -29,9 +29,11 @@ from gemma_fold.diff.sides import Side
 from gemma_fold.diff.tokens import NothingInCommonError, Prompt, Tokens
 from gemma_fold.progress import Progress
 
-#: Tokens a window, and windows, of the batches that measure the noise floor. Two sizes, because
-#: matrix products often give the same bits at sizes for which the same kernel is chosen.
+#: Tokens a window, and windows, of the batches that measure the noise floor. Several sizes, because
+#: matrix products give the same bits at sizes for which the same kernel is chosen.
 _FLOOR_LENGTHS, _FLOOR_WINDOWS = (256, 32), 8
+#: Tokens that are decoded one at a time: on a GPU that is where other kernels are chosen.
+_FLOOR_DECODED = 48
 _STEP = 128
 
 
@@ -150,6 +152,8 @@ def _noise_floor(model: Model, file: LogitsFile, tokens: Tokens) -> tuple[Rows, 
     """A against itself at other batch sizes: the one at which it differs most."""
     lengths = dict.fromkeys(min(n, len(tokens.windows[0])) for n in _FLOOR_LENGTHS)
     found = [_in_one_batch(model, file, tokens, length) for length in lengths]
+    decoded = _token_by_token(model, file, tokens)
+    found += [decoded] if decoded else []
     return max(found, key=lambda one: float(np.nan_to_num(one[0].kl_ab).mean()))
 
 
@@ -160,12 +164,37 @@ def _in_one_batch(model: Model, file: LogitsFile, tokens: Tokens, kept: int) -> 
     if len(chosen) == 1:
         chosen *= 2
     logits = model.logits(tuple(window[:kept] for _, window in chosen))
-    parts = [
-        _compare_with_file(rows, window[:kept], file, number * length)
-        for rows, (number, window) in zip(logits, chosen, strict=True)
-    ]
-    return join(parts), (
+    return _against_itself(logits, chosen, file, length), (
         f"A again, {len(chosen)} windows of {kept} tokens in one batch instead of one by one"
+    )
+
+
+def _token_by_token(model: Model, file: LogitsFile, tokens: Tokens) -> tuple[Rows, str] | None:
+    """The first tokens of all windows decoded, against the windows as a whole."""
+    length = len(tokens.windows[0])
+    kept = min(_FLOOR_DECODED, length)
+    chosen = list(enumerate(tokens.windows))[:_FLOOR_WINDOWS]
+    logits = model.logits_by_token(tuple(window[:kept] for _, window in chosen))
+    if logits is None:
+        return None
+    return _against_itself(logits, chosen, file, length), (
+        f"A again, {kept} tokens of {len(chosen)} windows decoded one at a time"
+    )
+
+
+def _against_itself(
+    logits: torch.Tensor,
+    chosen: Sequence[tuple[int, Sequence[int]]],
+    file: LogitsFile,
+    length: int,
+) -> Rows:
+    """Rows of the file against `logits` [windows, tokens, vocabulary] of the chosen windows."""
+    kept = logits.shape[1]
+    return join(
+        [
+            _compare_with_file(rows, window[:kept], file, number * length)
+            for rows, (number, window) in zip(logits, chosen, strict=True)
+        ]
     )
 
 

@@ -44,8 +44,6 @@ _NORMS = (
 class Handoff:
     """What a layer leaves for the next one; all layers of a list share it.
 
-    One place, not one in each layer: torch.compile writes every attribute back that a call changed.
-
     Attributes:
         waiting: the next layer, the hidden states for it, and their first norm.
     """
@@ -80,12 +78,8 @@ class SandwichLayer(Watched):
         **kwargs: Any,
     ) -> Tensor:
         """``hidden_states``: [batch, tokens, H]; the rest goes to the attention as it is."""
-        waiting, handoff = None, self.handoff
-        if handoff is not None:
-            waiting, handoff.waiting = handoff.waiting, None
-        if waiting is not None and waiting[0] is self and waiting[1] is hidden_states:
-            x = waiting[2]
-        else:
+        x = self._take(hidden_states)
+        if x is None:
             x = self.input_layernorm(hidden_states)
         x, _ = self.self_attn(
             hidden_states=x,
@@ -100,13 +94,22 @@ class SandwichLayer(Watched):
         )
         x = self.mlp(x)
         follower = self._follower()
-        if follower is None or handoff is None:
+        if follower is None or self.handoff is None:
             return residual + self.post_feedforward_layernorm(x)  # type: ignore[no-any-return]
         x, output = _sandwich(
             x, residual, self.post_feedforward_layernorm, follower.input_layernorm
         )
-        handoff.waiting = (follower, output, x)
+        self.handoff.waiting = (follower, output, x)
         return output
+
+    def _take(self, hidden_states: Tensor) -> Tensor | None:
+        """The first norm of `hidden_states`, if the layer before made it."""
+        if torch.compiler.is_compiling() or self.handoff is None:
+            return None
+        waiting, self.handoff.waiting = self.handoff.waiting, None
+        if waiting is not None and waiting[0] is self and waiting[1] is hidden_states:
+            return waiting[2]
+        return None
 
     def _follower(self) -> SandwichLayer | None:
         """The next layer, if nothing can come between: no autograd, no hook, no change of device.
@@ -114,6 +117,8 @@ class SandwichLayer(Watched):
         Gradient checkpointing replays a layer alone, and a hook may change the hidden states
         between two layers in place, after they were normed.
         """
+        if torch.compiler.is_compiling():
+            return None  # it fuses this itself, and a way to another layer is a guard on every call
         follower = self.follower() if self.follower is not None else None
         if (
             follower is None
@@ -138,8 +143,8 @@ def _sandwich(
 ) -> tuple[Tensor, Tensor]:
     """``pre(total), total`` with ``total = residual + post(x)``; fused where both are plain."""
     if (
-        type(post) is FoldedNorm
-        and type(pre) is FoldedNorm
+        isinstance(post, FoldedNorm)
+        and isinstance(pre, FoldedNorm)
         and post.plain
         and pre.plain
         and x.dtype == residual.dtype
