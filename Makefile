@@ -48,8 +48,19 @@ $(VLLM)/.complete: pyproject.toml constraints-vllm.txt tests/engines/vllm_setup.
 	$(VLLM)/bin/python tests/engines/vllm_setup.py
 	touch $@
 
-engines: $(VLLM)/.complete .cache/gemma-3-270m
+# SGLang and all it needs on the CPU, and nothing else: its own requirements bring a GPU's.
+SGLANG := .venvs/sglang
+
+$(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_setup.py
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install -q -c constraints-sglang.txt torch
+	$(SGLANG)/bin/pip install -q --no-deps -r constraints-sglang.txt -e .
+	$(SGLANG)/bin/python tests/engines/sglang_setup.py
+	touch $@
+
+engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m
 	$(VLLM)/bin/pytest -m engine tests/engines/test_vllm.py
+	$(SGLANG)/bin/pytest -m engine tests/engines/test_sglang*.py
 
 test: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
 	$(OLDEST)/bin/pytest -m "not engine" tests/test_runtime*.py tests/test_unaware_loaders.py

@@ -93,8 +93,8 @@ def test_the_same_greedy_text_as_the_original(source: Path, folded: Path, tmp_pa
 
 
 def test_other_engines_say_that_they_cannot(folded: Path) -> None:
-    with pytest.raises(UsageError, match=r"sglang cannot serve .* --engine transformers"):
-        serve(folded, "sglang")
+    with pytest.raises(EnvironmentProblem, match="SGLang is not installed; install it"):
+        serve(folded, "sglang", port=free_port())
     with pytest.raises(EnvironmentProblem, match=r"vLLM is not installed; .* pip install vllm"):
         serve(folded, "vllm", port=free_port())
     with pytest.raises(UsageError, match="no engine ollama"):

@@ -91,6 +91,7 @@ def running(
 
 def _start(side: Side, dtype: str, longest: int) -> Any:
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     try:
         return LLM(
@@ -100,6 +101,8 @@ def _start(side: Side, dtype: str, longest: int) -> Any:
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
             disable_log_stats=True,
+            # On a CPU compiling takes longer than all there is to run.
+            enforce_eager=current_platform.is_cpu(),
         )
     except GemmaFoldError:
         raise

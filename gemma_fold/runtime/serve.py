@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,11 +39,6 @@ def serve(
     if engine not in ENGINES:
         raise UsageError(f"there is no engine {engine}; choose from {', '.join(ENGINES)}")
     engine = _installed() if engine == "auto" else engine
-    if engine == "sglang":
-        raise UsageError(
-            "sglang cannot serve folded checkpoints in this release; "
-            "use --engine vllm or --engine transformers"
-        )
     folder = _folder(os.fspath(checkpoint))
     open_folded(folder)
     _check_port(host, port)
@@ -113,8 +110,28 @@ def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[
         raise UsageError(f"transformers serve: {message()}") from error
 
 
+def _serve_sglang(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
+    if importlib.util.find_spec("sglang") is None:
+        raise EnvironmentProblem(
+            "SGLang is not installed; install it beside gemma-fold, in one environment"
+        )
+    plugins = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]
+    if any(plugins) and "gemma_fold" not in plugins:
+        raise UsageError("SGLANG_PLUGINS leaves out gemma_fold; add it, or unset that variable")
+    command = ["--model-path", str(folder), "--host", host, "--port", str(port), *arguments]
+    before, sys.argv = sys.argv, ["sglang.launch_server", *command]
+    try:
+        # As the main module: the processes that it starts import it again.
+        runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        return  # how a server is stopped
+    finally:
+        sys.argv = before
+
+
 #: By engine, in the order in which "auto" looks for them.
 _SERVERS: dict[str, Callable[[Path, str, int, Sequence[str]], None]] = {
     "vllm": _serve_vllm,
+    "sglang": _serve_sglang,
     "transformers": _serve_transformers,
 }
