@@ -355,7 +355,7 @@ def assert_same_outputs(found: Any) -> None:
     stats = found["outputs"]["stats"]
     assert stats["positions"] > 200
     assert stats["positions_differing"] == 0 and stats["max_abs"] == 0
-    assert all(c["first_difference"] is None for c in found["outputs"]["greedy"])
+    assert all(c["diverges_at"] is None for c in found["outputs"]["greedy"])
 
 
 def test_served_alike(real_270m: Path, folded_270m: Path, tmp_path: Path) -> None:
