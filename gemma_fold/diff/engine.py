@@ -65,22 +65,22 @@ class Model:
             )
         return logits  # type: ignore[no-any-return]
 
-    def logits_by_token(self, windows: tuple[tuple[int, ...], ...]) -> Tensor | None:
-        """The same as `logits`, one token of every window at a time, as a server decodes.
+    def logits_by_token(self, windows: tuple[tuple[int, ...], ...]) -> Iterator[Tensor]:
+        """Logits [len(windows), 1, vocabulary] of one token of every window after the other.
 
-        None for a model that keeps no key-value cache, or that decodes apart from its prompt.
+        That is how a server decodes. Nothing for a model that keeps no key-value cache, or that
+        decodes apart from its prompt.
         """
         if self._decodes_apart:
-            return None
+            return
         ids = torch.tensor(windows, device=self._device)
-        rows, cache = [], None
+        cache = None
         for token in torch.split(ids, 1, dim=1):
             out = self._call(self._model, input_ids=token, past_key_values=cache, use_cache=True)
             cache = getattr(out, "past_key_values", None)
             if cache is None:
-                return None
-            rows.append(out.logits)
-        return torch.cat(rows, dim=1)
+                return
+            yield out.logits
 
     def continue_greedily(self, prompt: Prompt, tokens: int) -> tuple[int, ...]:
         """The most likely continuation, token by token."""

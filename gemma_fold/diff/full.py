@@ -32,7 +32,8 @@ from gemma_fold.progress import Progress
 #: Tokens a window, and windows, of the batches that measure the noise floor. Several sizes, because
 #: matrix products give the same bits at sizes for which the same kernel is chosen.
 _FLOOR_LENGTHS, _FLOOR_WINDOWS = (256, 32), 8
-#: Tokens that are decoded one at a time: on a GPU that is where other kernels are chosen.
+#: Tokens of a window that are decoded one at a time, on a CPU. On a GPU all are: there other
+#: kernels are chosen for it, and differences grow along a window.
 _FLOOR_DECODED = 48
 _STEP = 128
 
@@ -92,7 +93,9 @@ def _run_a(
             progress.file(f"A, window {number}", 1)
             writer.append(model.logits((window,))[0])
             progress.advance(1)
-        floor = _noise_floor(model, writer.read(), tokens) if settings.noise_floor else None
+        floor = None
+        if settings.noise_floor:
+            floor = _noise_floor(model, writer.read(), tokens, settings.device)
         greedy = [model.continue_greedily(p, settings.new_tokens) for p in tokens.prompts]
         vocabulary = writer.read().shape[1]
         return writer.finish(
@@ -132,27 +135,36 @@ def _compare_window(model: Model, window: Sequence[int], file: LogitsFile, first
             f"A gives {file.shape[1]} logits a position and B {logits.shape[-1]}: their "
             "vocabularies differ; compare weights with --no-outputs"
         )
-    return _compare_with_file(logits, window, file, first)
+    return _compare_with_file(logits, window[1:], file, first)
 
 
 def _compare_with_file(
-    logits: torch.Tensor, window: Sequence[int], file: LogitsFile, first: int
+    logits: torch.Tensor, following: Sequence[int], file: LogitsFile, first: int
 ) -> Rows:
-    """Rows of A in the file, from `first`, against `logits` [len(window), vocabulary]."""
-    targets = torch.tensor([*window[1:], -1], device=logits.device)
+    """Rows of A in the file, from `first`, against `logits` [tokens, vocabulary].
+
+    `following`: the token after each; the last may have none.
+    """
+    tokens = len(logits)
+    targets = torch.tensor([*following, -1][:tokens], device=logits.device)
     parts = []
-    for start in range(0, len(window), _STEP):
-        end = min(start + _STEP, len(window))
+    for start in range(0, tokens, _STEP):
+        end = min(start + _STEP, tokens)
         kept = file.rows(first + start, first + end).to(logits.device)
         parts.append(compare_rows(kept, logits[start:end], targets[start:end]))
     return join(parts)
 
 
-def _noise_floor(model: Model, file: LogitsFile, tokens: Tokens) -> tuple[Rows, str]:
+def _noise_floor(
+    model: Model, file: LogitsFile, tokens: Tokens, device: torch.device
+) -> tuple[Rows, str]:
     """A against itself at other batch sizes: the one at which it differs most."""
     lengths = dict.fromkeys(min(n, len(tokens.windows[0])) for n in _FLOOR_LENGTHS)
     found = [_in_one_batch(model, file, tokens, length) for length in lengths]
-    decoded = _token_by_token(model, file, tokens)
+    kept = len(tokens.windows[0])
+    if device.type == "cpu":
+        kept = min(kept, _FLOOR_DECODED)
+    decoded = _token_by_token(model, file, tokens, kept)
     found += [decoded] if decoded else []
     return max(found, key=lambda one: float(np.nan_to_num(one[0].kl_ab).mean()))
 
@@ -169,17 +181,20 @@ def _in_one_batch(model: Model, file: LogitsFile, tokens: Tokens, kept: int) -> 
     )
 
 
-def _token_by_token(model: Model, file: LogitsFile, tokens: Tokens) -> tuple[Rows, str] | None:
-    """The first tokens of all windows decoded, against the windows as a whole."""
+def _token_by_token(
+    model: Model, file: LogitsFile, tokens: Tokens, kept: int
+) -> tuple[Rows, str] | None:
+    """The first `kept` tokens of all windows decoded, against the windows as a whole."""
     length = len(tokens.windows[0])
-    kept = min(_FLOOR_DECODED, length)
     chosen = list(enumerate(tokens.windows))[:_FLOOR_WINDOWS]
-    logits = model.logits_by_token(tuple(window[:kept] for _, window in chosen))
-    if logits is None:
-        return None
-    return _against_itself(logits, chosen, file, length), (
-        f"A again, {kept} tokens of {len(chosen)} windows decoded one at a time"
-    )
+    steps = model.logits_by_token(tuple(window[:kept] for _, window in chosen))
+    parts = [
+        _compare_with_file(row, window[at + 1 : at + 2], file, number * length + at)
+        for at, logits in enumerate(steps)
+        for row, (number, window) in zip(logits, chosen, strict=True)
+    ]
+    how = f"A again, {kept} tokens of {len(chosen)} windows decoded one at a time"
+    return (join(parts), how) if parts else None
 
 
 def _against_itself(
@@ -192,7 +207,7 @@ def _against_itself(
     kept = logits.shape[1]
     return join(
         [
-            _compare_with_file(rows, window[:kept], file, number * length)
+            _compare_with_file(rows, window[1:kept], file, number * length)
             for rows, (number, window) in zip(logits, chosen, strict=True)
         ]
     )
