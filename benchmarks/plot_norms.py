@@ -186,7 +186,7 @@ def plot(op: str, table: Table, gpu: str, path: Path) -> None:
     axes[0][0].set_ylabel("time / time of a copy", fontsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=8, frameon=False)
-    figure.suptitle(f"{TITLES[op]}, {gpu}", fontsize=10)
+    figure.suptitle(f"{TITLES[op]}\n{gpu}", fontsize=10)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

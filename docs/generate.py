@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import measured
+import measured_parallel
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/measurements.md")
+DOCUMENTS = ("README.md", "docs/measurements.md", "docs/all_reduce.md", "docs/vllm.md")
 MODEL = ".cache/gemma-3-270m"
 
 
@@ -49,6 +50,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gpu_diff": measured.gpu_diff,
     "gpu_floor": measured.gpu_floor,
     "convert": measured.convert,
+    "all_reduce": measured_parallel.all_reduce,
+    "all_reduce_stress": measured_parallel.stress,
+    "vllm": measured_parallel.vllm,
 }
 
 

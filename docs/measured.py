@@ -14,7 +14,8 @@ def _read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -22,45 +23,49 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _provenance(meta: dict[str, Any]) -> str:
     names = ("torch", "transformers", "triton", "python")
     versions = ", ".join(f"{name} {meta[name]}" for name in names if name in meta)
-    return f"{meta['device']}, {versions}; {meta['date']}, commit `{meta['commit'][:12]}`."
+    note = f" {meta['note']}" if "note" in meta else ""
+    return f"{meta['device']}, {versions}; {meta['date']}, commit `{meta['commit'][:12]}`.{note}"
 
 
 def decode() -> str:
     """Milliseconds a token, stock against folded."""
     parts = []
-    for name in ("transformers_decode_h200.json", "transformers_decode_traced_h200.json"):
+    for name in ("transformers_decode_h200.json", "transformers_decode_h100.json"):
         found = _read(name)
         rows = (
             (r["mode"], r["batch"], r["variant"], f"{r['ms_per_token']:.2f}", f"{r['speedup']:.2f}")
             for r in found["rows"]
         )
         header = ("mode", "batch", "variant", "ms per token", "speed against stock")
-        parts.append(f"{_provenance(found['meta'])}\n\n{_table(header, rows)}")
+        parts.append(f"{_provenance(found['meta'])}\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
 
 def gpu_diff() -> str:
-    """Outputs of the real 270M, by compute dtype."""
+    """Outputs of the real 270M, by GPU and compute dtype."""
     rows = []
-    for dtype in ("bfloat16", "float32"):
-        found = _read(f"diff_270m_h200_{dtype}.json")
-        stats, floor = found["outputs"]["stats"], found["outputs"]["floor"]
-        rows.append(
-            (
-                dtype,
-                f"{stats['scored']:,}",
-                f"{stats['kl_ab']['mean']:.3g}",
-                f"{floor['kl_ab']['mean']:.3g}",
-                f"{stats['same_top']:.2%}",
-                f"{stats['perplexity_a']:.4f}, {stats['perplexity_b']:.4f}",
+    for name in ("h200", "h100"):
+        for dtype in ("bfloat16", "float32"):
+            found = _read(f"diff_270m_{name}_{dtype}.json")
+            stats, floor = found["outputs"]["stats"], found["outputs"]["floor"]
+            env = found["environment"]
+            rows.append(
+                (
+                    f"{env['gpu']}, torch {env['torch']}, {env['date'].split()[0]}",
+                    dtype,
+                    f"{stats['scored']:,}",
+                    f"{stats['kl_ab']['mean']:.3g}",
+                    f"{floor['kl_ab']['mean']:.3g}",
+                    found["outputs"]["floor_how"],
+                    f"{stats['same_top']:.2%}",
+                    f"{stats['perplexity_a']:.4f}, {stats['perplexity_b']:.4f}",
+                )
             )
-        )
-    env = found["environment"]
-    header = ("compute", "positions", "mean KL", "noise floor", "same top token", "perplexity")
-    return (
-        f"{env['gpu']}, torch {env['torch']}, transformers {env['transformers']}; {env['date']}."
-        f"\n\n{_table(header, rows)}"
+    header = (
+        *("", "compute", "positions", "mean KL", "noise floor", "its measurement"),
+        *("same top token", "perplexity"),
     )
+    return table(header, rows)
 
 
 def gpu_floor() -> str:
@@ -68,7 +73,7 @@ def gpu_floor() -> str:
     (found,) = _read("transformers_decode_h200.json")["logits"]
     header = ("positions", "folded, one by one", "folded, in a batch", "original: noise floor")
     names = ("folded_mean_kl", "folded_batched_mean_kl", "noise_floor_mean_kl")
-    return _table(header, [(found["positions"], *(f"{found[name]:.3g}" for name in names))])
+    return table(header, [(found["positions"], *(f"{found[name]:.3g}" for name in names))])
 
 
 def convert() -> str:
@@ -80,7 +85,7 @@ def convert() -> str:
         f"{meta['cpu']}, {meta['cores']} cores, {meta['memory_gb']} GB, kernel {meta['kernel']}, "
         f"python {meta['python']}, {meta['cp']}. Seconds are medians."
     )
-    return f"{machine}\n\n{_table(header, map(_convert_row, found['rows']))}"
+    return f"{machine}\n\n{table(header, map(_convert_row, found['rows']))}"
 
 
 def _convert_row(row: dict[str, Any]) -> Sequence[object]:

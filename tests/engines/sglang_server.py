@@ -48,6 +48,10 @@ class Server:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)
 
+    def settle(self) -> None:
+        """Wait until the scheduler is done with what was answered; updates stop it before."""
+        urllib.request.urlopen(self.url + "/flush_cache?timeout=60", timeout=120).close()
+
     def outputs(
         self, prompts: Sequence[Sequence[int]] = PROMPTS, tokens: int = TOKENS
     ) -> list[list[list[Any]]]:

@@ -80,6 +80,7 @@ def test_a_server_says_what_it_says_for_the_original(
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
         with started(kind(family, 0), tmp_path / log, *options, **environment) as server:
             before = server.outputs()
+            server.settle()
             answer = server.post("/update_weights_from_disk", model_path=str(kind(family, 1)))
             assert answer["success"], answer
             return before, server.outputs()

@@ -1,0 +1,173 @@
+"""Tables of docs/all_reduce.md and docs/vllm.md, from the committed results."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from measured import RESULTS, table
+
+OURS = "gemma_fold"
+OPERATORS = {
+    "all_reduce_add_rms_norm": "All-reduce, residual add, norm",
+    "all_reduce_rms_norm_add_rms_norm": "All-reduce, Gemma's sandwich",
+}
+#: Kinds of work in a decode step, by what their kernels' names hold; the first that fits counts.
+KINDS = {
+    "all-reduce with what is fused into it": ("allreduce", "one_shot", "two_shot"),
+    "matrix products": ("nvjet", "splitK", "gemm"),
+    "attention and its cache": ("flash", "reshape_and_cache"),
+}
+REST = "norms, activations, rotary embedding and the rest"
+
+
+def all_reduce() -> str:
+    """Every committed run: a summary, then microseconds of ours and of the best peer."""
+    return "\n\n".join(
+        part for path in sorted(RESULTS.glob("all_reduce_h*.json")) for part in _chapter(path.name)
+    )
+
+
+def _chapter(name: str) -> Iterator[str]:
+    data = json.loads((RESULTS / name).read_text())
+    meta = data["meta"]
+    peers = ", ".join(f"{peer} {version}" for peer, version in meta["peers"].items())
+    yield (
+        f"### {meta['world']} x {meta['gpu']}\n\ntorch {meta['torch']}, triton {meta['triton']}, "
+        f"{peers}; {meta['date']}, commit `{meta['commit'][:12]}`, `{meta['command']}`."
+    )
+    times = grouped(data["rows"])
+    yield (
+        table(("", "tokens", "points", "geometric mean", "worst", "at"), _summary(times))
+        + "\n\nOur time over the best peer's at each point."
+    )
+    for op, title in OPERATORS.items():
+        yield f"![{title}](images/{plot_name(name, op)})"
+        widths = sorted({hidden for o, hidden, _ in times if o == op})
+        tokens = sorted({t for o, _, t in times if o == op})
+        header = ("tokens", *(f"H {hidden}: ours, best peer" for hidden in widths))
+        rows = [[t, *(_cell(times[op, hidden, t]) for hidden in widths)] for t in tokens]
+        yield f"{title}, microseconds:\n\n{table(header, rows)}"
+    portable = grouped([*data["rows"], *data["with_ours"]])
+    ratios = [
+        found["gemma_fold-portable"] / found[OURS]
+        for found in portable.values()
+        if "gemma_fold-portable" in found
+    ]
+    yield (
+        f"The portable Triton path took {min(ratios):.2f} to {max(ratios):.2f} times the time of "
+        f"the default one (geometric mean {_mean(ratios):.2f})."
+    )
+
+
+def plot_name(result: str, op: str) -> str:
+    """File name of the plot of an operator in a result file."""
+    return f"{result.removesuffix('.json')}_{op}.svg"
+
+
+def grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, int, int], dict[str, float]]:
+    """(operator, hidden, tokens) -> implementation -> microseconds."""
+    found: dict[tuple[str, int, int], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        found[row["op"], row["hidden"], row["tokens"]][row["impl"]] = row["us"]
+    return found
+
+
+def best_peer(times: dict[str, float]) -> tuple[float, str]:
+    """The fastest implementation that is not ours, and its name."""
+    return min((us, impl) for impl, us in times.items() if impl != OURS)
+
+
+def _mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _cell(times: dict[str, float]) -> str:
+    us, impl = best_peer(times)
+    return f"**{times[OURS]:.2f}**, {us:.2f} ({impl})"
+
+
+def _summary(times: dict[tuple[str, int, int], dict[str, float]]) -> Iterator[tuple[str, ...]]:
+    for op, title in OPERATORS.items():
+        for label, small in (("up to 64", True), ("more", False)):
+            ratios = [
+                (found[OURS] / best_peer(found)[0], f"H {hidden}, {tokens} tokens")
+                for (o, hidden, tokens), found in times.items()
+                if o == op and (tokens <= 64) == small
+            ]
+            worst, where = max(ratios)
+            mean = _mean([ratio for ratio, _ in ratios])
+            yield title, label, str(len(ratios)), f"{mean:.2f}", f"{worst:.2f}", where
+
+
+def stress() -> str:
+    """What the long runs found."""
+    lines = []
+    for path in sorted(RESULTS.glob("all_reduce_stress_*.json")):
+        found = json.loads(path.read_text())
+        lines.append(
+            f"{found['world']} x {found['gpu']}, commit `{found['commit'][:12]}`: "
+            f"{found['calls']:,} calls, {found['different']} results differ, {found['seconds']} s."
+        )
+    return "\n".join(lines)
+
+
+def vllm() -> str:
+    """Time per output token, stock against native mode."""
+    return "\n\n".join(
+        part for path in sorted(RESULTS.glob("vllm_*.json")) for part in _vllm_run(path.name)
+    )
+
+
+def _vllm_run(name: str) -> Iterator[str]:
+    data = json.loads((RESULTS / name).read_text())
+    meta, rows = data["meta"], data["rows"]
+    peers = ", ".join(f"{peer} {version}" for peer, version in meta["peers"].items())
+    yield (
+        f"{meta['gpu']}, tensor parallel {rows[0]['tp']}, torch {meta['torch']}, {peers}; "
+        f"{meta['date']}, commit `{meta['commit'][:12]}`, `{meta['command']}`."
+    )
+    found: dict[tuple[object, ...], dict[str, Any]] = defaultdict(dict)
+    for row in rows:
+        layers = "all" if row["layers"] is None else row["layers"]
+        mode = "eager" if row["eager"] else "compiled, CUDA graphs"
+        key = (row["model"], layers, mode, f"{row['input']}/{row['output']}", row["concurrency"])
+        found[key][row["impl"]] = row
+    header = ("model", "layers", "mode", "in/out", "requests at once")
+    figures = ("stock, ms a token", "native, ms a token", "native / stock", "tokens/s")
+    yield table((*header, *figures), (_vllm_row(key, pair) for key, pair in found.items()))
+    if "profile" in data:
+        yield _profile(data["profile"])
+
+
+def _vllm_row(key: tuple[object, ...], pair: dict[str, Any]) -> tuple[object, ...]:
+    stock, ours = pair["stock"], pair[OURS]
+    return (
+        *key,
+        f"{stock['tpot_ms']:.2f}",
+        f"{ours['tpot_ms']:.2f}",
+        f"{ours['tpot_ms'] / stock['tpot_ms']:.3f}",
+        f"{stock['tokens_per_s']:.0f}, {ours['tokens_per_s']:.0f}",
+    )
+
+
+def _profile(profile: dict[str, Any]) -> str:
+    totals: dict[str, dict[str, tuple[float, float]]] = {}
+    for impl, kernels in profile["kernels"].items():
+        kinds: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+        for kernel, (calls, us) in kernels.items():
+            kind = next((k for k, marks in KINDS.items() if any(m in kernel for m in marks)), REST)
+            kinds[kind] = kinds[kind][0] + calls, kinds[kind][1] + us
+        totals[impl] = kinds
+    rows = [
+        (kind, *(f"{totals[i][kind][1]:.0f} in {totals[i][kind][0]:.0f}" for i in ("stock", OURS)))
+        for kind in (*KINDS, REST)
+    ]
+    return (
+        f"Where a decode step's time goes at concurrency {profile['concurrency']}, from the "
+        "profiler: microseconds of kernels, and their number.\n\n"
+        + table(("", "stock", "native"), rows)
+    )
