@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from functools import cache
@@ -24,5 +25,14 @@ def statements_digest(function: Callable[..., Any] | None) -> str:
         return ""
     if not isinstance(tree, ast.FunctionDef):
         return ""
-    statements = ast.unparse(ast.Module(tree.body, []))
+    statements = bare_targets(ast.unparse(ast.Module(tree.body, [])))
     return hashlib.sha256(statements.encode()).hexdigest()
+
+
+def bare_targets(statements: str) -> str:
+    """`statements` as Python 3.11 and later unparse them.
+
+    Python 3.10 puts parentheses around several targets of an assignment or a loop.
+    """
+    statements = re.sub(r"^(\s*)\(([^()]*)\) = ", r"\1\2 = ", statements, flags=re.MULTILINE)
+    return re.sub(r"\bfor \(([^()]*)\) in ", r"for \1 in ", statements)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
-from importlib.util import find_spec
 
-import torch
 from torch import nn
 
 from gemma_fold.errors import UsageError
@@ -33,21 +31,13 @@ class Mode(enum.Enum):
 def mode_of(folded: bool) -> Mode | None:
     """The mode of a model, or None where it is left alone.
 
-    A folded one runs native where there is a GPU for the kernels, unless the environment variable
-    GEMMA_FOLD says stock. An original is left alone unless that says native: it is then folded as
-    it loads. Raises UsageError for any other value.
+    A folded one runs stock unless the environment variable GEMMA_FOLD says native: on GPUs native
+    mode has not been measured in SGLang. An original is left alone unless it says native: it is
+    then folded as it loads. Raises UsageError for any other value.
     """
     value = os.environ.get(VARIABLE, "").strip().lower()
     if value not in ("", "stock", "native"):
         raise UsageError(f"{VARIABLE}={value} means nothing; say native or stock, or unset it")
     if value == "native":
         return Mode.NATIVE
-    if not folded:
-        return None
-    return Mode.NATIVE if value == "" and _has_kernels() else Mode.STOCK
-
-
-def _has_kernels() -> bool:
-    return (
-        torch.cuda.is_available() and torch.version.hip is None and find_spec("triton") is not None
-    )
+    return Mode.STOCK if folded else None
