@@ -1,14 +1,12 @@
 # Everything is built in this folder: .venv, .cache and .demo. Nothing else is touched.
 PYTHON ?= python3
 BIN := .venv/bin
-# One thread a process: two test processes share small machines without fighting over cores.
-export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-fast engines check docs lock clean
+.PHONY: help venv demo test test-library test-fast engines check docs lock clean
 
 help:
 	@echo "make demo   a real Gemma 3 270M: inspect, convert, verify, unfold, generate, diff"
-	@echo "make test   every test this machine can run; make engines: those of vLLM alone"
+	@echo "make test   every test this machine can run; make engines: vLLM's and SGLang's alone"
 	@echo "make check  ruff and mypy"
 
 venv: .venv/.complete
@@ -59,13 +57,24 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 	touch $@
 
 engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m
-	$(VLLM)/bin/pytest -m engine tests/engines/test_vllm.py
-	$(SGLANG)/bin/pytest -m engine tests/engines/test_sglang*.py
+	$(VLLM)/bin/pytest -m engine --durations=8 tests/engines/test_vllm.py
+	$(SGLANG)/bin/pytest -m engine --durations=8 tests/engines/test_sglang*.py
 
-test: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
+# Two lanes side by side, of one thread a process, so that they do not fight over few cores.
+test engines: export OMP_NUM_THREADS ?= 1
+test: venv .cache/gemma-3-270m
+	@mkdir -p .venvs
+	@echo "the engines' tests run meanwhile, and print at the end"
+	@$(MAKE) --no-print-directory engines > .venvs/engines.log 2>&1 & lane=$$!; \
+	trap "kill $$lane 2> /dev/null" EXIT; \
+	$(MAKE) --no-print-directory test-library; library=$$?; \
+	wait $$lane; engines=$$?; \
+	cat .venvs/engines.log; \
+	exit $$((library || engines))
+
+test-library: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
 	$(OLDEST)/bin/pytest -m "not engine" tests/test_runtime*.py tests/test_unaware_loaders.py
 	$(BIN)/pytest -m "not engine"
-	$(MAKE) engines
 
 test-fast: venv
 	$(BIN)/pytest
