@@ -1,9 +1,11 @@
-"""Runs every norm kernel once under compute-sanitizer and records what it says.
+"""Runs every kernel under compute-sanitizer and records what it says.
 
-    python benchmarks/sanitize_norms.py --out benchmarks/results/norms_sanitizer_h200.json
+    python benchmarks/sanitize.py --out benchmarks/results/norms_sanitizer.json
+    python benchmarks/sanitize.py --world 2 --out benchmarks/results/all_reduce_sanitizer.json
 
-Needs a CUDA GPU and compute-sanitizer. Memory comes straight from the driver, one allocation per
-tensor, so that memcheck sees a read past the end of any of them.
+Needs CUDA GPUs and compute-sanitizer. The norms' memory comes straight from the driver, one
+allocation per tensor, so that memcheck sees a read past the end of any of them. With `--world` the
+all-reduce runs instead, one process for each GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("memcheck", "racecheck")
+WORKER = ROOT / "tests" / "gpu" / "all_reduce_worker.py"
+#: initcheck takes part where other processes write what a kernel reads.
+TOOLS = {False: ("memcheck", "racecheck"), True: ("memcheck", "racecheck", "initcheck")}
 TOKENS = (1, 5, 600)
 HIDDEN = (64, 640, 641, 1152, 5376, 16384)
 
@@ -62,49 +66,53 @@ def run_kernels() -> int:
     return calls
 
 
-def sanitize(tool: str) -> dict[str, object]:
-    """The summary line of one tool, and its exit code."""
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-    run = subprocess.run(
-        [*command, sys.executable, __file__, "--run"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True,
-        text=True,
-    )
+def sanitize(tool: str, world: int) -> dict[str, object]:
+    """The summary lines of one tool, one a process, and the exit code."""
+    checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if world == 1:
+        command = [*checker, sys.executable, __file__, "--run"]
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+        each = [*checker, sys.executable, str(WORKER), "short"]
+        command = [*launcher, f"--nproc-per-node={world}", *each]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = (run.stdout + run.stderr).splitlines()
-    summary = [line.strip("= ") for line in lines if "SUMMARY" in line]
-    kernels = [line for line in lines if line.startswith("calls ")]
+    found = [json.loads(line) for line in lines if line.startswith('{"')]
     if run.returncode:
         print(run.stdout[-3000:], run.stderr[-3000:], file=sys.stderr)
     return {
         "tool": tool,
         "exit_code": run.returncode,
-        "summary": summary,
-        "calls": int(kernels[0].split()[1]) if kernels else 0,
+        "summary": [line.strip("= ") for line in lines if "SUMMARY" in line],
+        "calls": found[0]["calls"] if found else 0,
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="only run the kernels")
+    parser.add_argument("--world", type=int, default=1, help="ranks of the all-reduce")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown")
     args = parser.parse_args()
     if args.run:
-        print("calls", run_kernels())
+        print(json.dumps({"calls": run_kernels()}))
         return 0
     import torch
     import triton
 
-    results = [sanitize(tool) for tool in TOOLS]
+    results = [sanitize(tool, args.world) for tool in TOOLS[args.world > 1]]
     meta = {
-        "bench": "norms_sanitizer",
+        "bench": "all_reduce_sanitizer" if args.world > 1 else "norms_sanitizer",
+        "world": args.world,
         "gpu": torch.cuda.get_device_name(0),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": args.commit,
         "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/sanitize_norms.py",
+        "command": " ".join(["python", "benchmarks/sanitize.py", *sys.argv[1:]]),
     }
     args.out.write_text(json.dumps({"meta": meta, "runs": results}, indent=1) + "\n")
     print(json.dumps(results))
