@@ -14,7 +14,6 @@ random tokens, 1,024 in and 1,024 out as a rule.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import shutil
@@ -28,13 +27,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this folder holds an sglang.py
 
 from benchmarks import sglang_load, vllm_shapes  # noqa: E402
+from benchmarks.engine_meta import engine_meta  # noqa: E402
 
 ROOT = Path(sys.path[0])
 STOCK, OURS = "stock", "gemma_fold"
@@ -158,34 +157,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def meta() -> dict[str, Any]:
-    def run(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-        except FileNotFoundError:
-            return ""
-
-    gpus = run("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
-    return {
-        "bench": "sglang",
-        "gpu": gpus[0] if gpus else "cpu",
-        "world": len(gpus),
-        "torch": _version("torch"),
-        "triton": _version("triton"),
-        "peers": {"sglang": _version("sglang"), "flashinfer": _version("flashinfer-python")},
-        "commit": run("git", "rev-parse", "HEAD"),
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/sglang.py", *sys.argv[1:]]),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -230,7 +201,7 @@ def main() -> None:
         rows = list(rounds(servers, args, vocab))
         print(table(rows))
         if args.result:
-            result = {"meta": meta(), "rows": rows}
+            result = {"meta": engine_meta("sglang"), "rows": rows}
             args.result.write_text(json.dumps(result, indent=1) + "\n")
     finally:
         for server in servers:

@@ -16,7 +16,6 @@ of the whole batch, with its prefill.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import shutil
@@ -28,13 +27,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this folder holds a vllm.py
 
 from benchmarks import vllm_shapes  # noqa: E402
+from benchmarks.engine_meta import engine_meta  # noqa: E402
 
 ROOT = Path(sys.path[0])
 ENGINE = ROOT / "benchmarks" / "vllm_engine.py"
@@ -221,36 +221,6 @@ def profile(children: list[Child], args: argparse.Namespace) -> dict[str, Any]:
     return {"concurrency": n, "kernels": tables}
 
 
-def meta(about: dict[str, Any]) -> dict[str, Any]:
-    def run(*command: str) -> str:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        except FileNotFoundError:
-            return ""
-        return done.stdout.strip()
-
-    gpus = run("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
-    return {
-        "bench": "vllm",
-        "gpu": gpus[0] if gpus else "cpu",
-        "world": len(gpus),
-        "torch": _version("torch"),
-        "triton": _version("triton"),
-        "peers": {"vllm": _version("vllm"), "flashinfer": _version("flashinfer-python")},
-        "commit": run("git", "rev-parse", "HEAD"),
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/vllm.py", *sys.argv[1:]]),
-        "engines": about,
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -289,7 +259,8 @@ def main() -> None:
         for child in children:
             print(f"{child.impl}: {about[child.impl]}", *child.native_lines(), sep="\n  ")
         print(f"both engines up after {time.perf_counter() - start:.0f} s", flush=True)
-        result: dict[str, Any] = {"meta": meta(about), "rows": list(measure(children, args))}
+        meta = {**engine_meta("vllm"), "engines": about}
+        result: dict[str, Any] = {"meta": meta, "rows": list(measure(children, args))}
         for row in result["rows"]:
             print(json.dumps(row))
         if args.profile:

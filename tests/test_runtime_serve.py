@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +12,7 @@ import openai
 import pytest
 import tiny
 import torch
+from local_server import free_port, running
 from test_runtime import tiny_tokenizer
 
 from gemma_fold.convert import convert
@@ -30,32 +28,13 @@ PLAIN = (
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def server(program: str, folder: Path, log: Path) -> Iterator[openai.OpenAI]:
-    """Run a server in its own process until it answers, and stop it by signal at the end."""
+    """A client of `program`, which serves the checkpoint in `folder`."""
     port = free_port()
     command = [sys.executable, "-c", program.format(port=port), str(folder)]
-    with open(log, "wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(600):
-            if process.poll() is not None:
-                pytest.fail(f"the server ended: {log.read_text()[-2000:]}")
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-    finally:
-        process.terminate()
-        process.wait(30)
+    with running(command, port, log) as address:
+        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none")
 
 
 @pytest.fixture

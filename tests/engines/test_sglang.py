@@ -45,20 +45,6 @@ FAMILIES = (
 )
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(scope="module")
-def sglang(checkpoints: Checkpoints) -> Any:
-    """SGLang in this process, with gemma-fold in it as in a server."""
-    import sglang_models
-
-    sglang_models.start(checkpoints.original("gemma3_text"))
-    return sglang_models
-
-
 # Servers
 
 

@@ -19,16 +19,6 @@ from sglang_checkpoints import Checkpoints
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture(scope="module")
-def sglang(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """SGLang in this process, with gemma-fold in it as in a server."""
-    import sglang_models
-
-    folder = tmp_path_factory.mktemp("checkpoints")
-    sglang_models.start(Checkpoints(folder).original("gemma3_text"))
-    return sglang_models
-
-
 class FlashInfer:
     """FlashInfer's fused all-reduce for ranks that all have the same input, and the gains it used.
 
@@ -145,11 +135,6 @@ def test_the_fused_path_is_still_sglangs_own_method(sglang: Any, weight: torch.T
 
 
 # gemma-fold's kernels
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 class Block(torch.nn.Module):

@@ -23,26 +23,12 @@ from gemma_fold.errors import CheckpointError
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("SGLang is in an environment of its own", allow_module_level=True)
 
+from local_server import free_port
 from sglang_checkpoints import Checkpoints
-from sglang_server import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 UPDATED = ("gemma2", "gemma3_text")  # one for each class of norms that SGLang has
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(scope="module")
-def sglang(checkpoints: Checkpoints) -> Any:
-    """SGLang in this process, with gemma-fold in it as in a server."""
-    import sglang_models
-
-    sglang_models.start(checkpoints.original("gemma3_text"))
-    return sglang_models
 
 
 class Pushed:

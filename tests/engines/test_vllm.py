@@ -10,11 +10,8 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -24,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import vllm_models
+from local_server import free_port, running
 from safetensors.torch import load_file, save_file
 
 from gemma_fold.convert import convert
@@ -303,30 +301,9 @@ def command(*arguments: str | Path) -> list[str]:
 @contextmanager
 def server(arguments: list[str], log: Path) -> Iterator[str]:
     """The address of a server that is ready; it is stopped at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*arguments, "--port", port],
-            env={**os.environ, **ENVIRONMENT},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            if process.poll() is not None:
-                pytest.fail(f"the server ended: {log.read_text()[-4000:]}")
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.5)
+    port = free_port()
+    with running([*arguments, f"--port={port}"], port, log, ENVIRONMENT) as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @pytest.fixture(scope="session")

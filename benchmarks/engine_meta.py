@@ -1,0 +1,42 @@
+"""What a result of an engine's benchmark says of its run."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def engine_meta(engine: str) -> dict[str, Any]:
+    """The `meta` of a result file of `benchmarks/{engine}.py`."""
+    gpus = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    return {
+        "bench": engine,
+        "gpu": gpus[0] if gpus else "cpu",
+        "world": len(gpus),
+        "torch": _version("torch"),
+        "triton": _version("triton"),
+        "peers": {engine: _version(engine), "flashinfer": _version("flashinfer-python")},
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", f"benchmarks/{engine}.py", *sys.argv[1:]]),
+    }
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
