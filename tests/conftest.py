@@ -10,6 +10,13 @@ from types import ModuleType
 
 import pytest
 
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+
+    # How long an example takes says more of what else the machine does than of the code.
+    hypothesis.settings.register_profile("unhurried", deadline=None)
+    hypothesis.settings.load_profile("unhurried")
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILDER = ROOT / "examples" / "make_gemma3_270m.py"
 
