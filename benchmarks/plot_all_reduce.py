@@ -1,43 +1,30 @@
 """Draws the plots of docs/all_reduce.md from the committed results.
 
-python benchmarks/plot_all_reduce.py
+    python benchmarks/plot_all_reduce.py
+
+Of each family of peers the fastest member is drawn.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-import matplotlib
+from panels import DOCS, finish, frame, panels
 
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "gemma-fold"  # the same plot gives the same bytes
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+# From docs/, which panels puts on the path.
+from measured import RESULTS  # isort: skip
+from measured_parallel import OPERATORS, plot_name  # isort: skip
+from result_rows import OURS, Times, grouped  # isort: skip
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-sys.path.insert(0, str(DOCS))
-
-from measured_parallel import (  # type: ignore[import-not-found]  # noqa: E402
-    OPERATORS,
-    OURS,
-    RESULTS,
-    grouped,
-    plot_name,
-)
-
-#: Peers by family; of each the fastest member is drawn.
 FAMILIES = {"FlashInfer": "flashinfer-", "NCCL": "nccl+", "symmetric memory": "symm_mem-"}
-Times = dict[tuple[str, int, int], dict[str, float]]
 
 
 def plot(op: str, times: Times, title: str, path: Path) -> None:
     """Microseconds against tokens, one panel per hidden size."""
     widths = sorted({hidden for name, hidden, _ in times if name == op})
-    figure, axes = plt.subplots(
-        1, len(widths), figsize=(3.0 * len(widths), 3.3), sharey=True, squeeze=False
-    )
-    for axis, hidden in zip(axes[0], widths, strict=True):
+    figure, axes = panels(len(widths), 3.0, 3.3)
+    for axis, hidden in zip(axes, widths, strict=True):
         points = sorted((t, us) for (o, h, t), us in times.items() if (o, h) == (op, hidden))
         for label, head in FAMILIES.items():
             curve = [(t, min(u for i, u in us.items() if i.startswith(head))) for t, us in points]
@@ -46,22 +33,9 @@ def plot(op: str, times: Times, title: str, path: Path) -> None:
         axis.plot(
             *zip(*ours, strict=True), label="gemma-fold", marker=".", color="k", linewidth=2.2
         )
-        axis.set_xscale("log", base=4)
-        axis.set_yscale("log", base=2)
-        axis.set_xticks([1, 16, 256, 2048], ["1", "16", "256", "2048"])
-        axis.set_yticks([4, 16, 64, 256], ["4", "16", "64", "256"])
-        axis.minorticks_off()
+        frame(axis, hidden, [1, 16, 256, 2048], [4, 16, 64, 256])
         axis.grid(axis="y", linewidth=0.4)
-        axis.set_title(f"H {hidden}", fontsize=9)
-        axis.set_xlabel("tokens", fontsize=8)
-        axis.tick_params(labelsize=7)
-    axes[0][0].set_ylabel("microseconds", fontsize=8)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    finish(figure, axes, "microseconds", title, path)
 
 
 def main() -> None:

@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from panels import DOCS, finish, frame, panels
 
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "gemma-fold"  # the same plot gives the same bytes
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+# From docs/, which panels puts on the path.
+from measured import RESULTS  # isort: skip
+from result_rows import OURS, Times, geometric_mean, grouped, peers_of, run_of  # isort: skip
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-DOCS = ROOT / "docs"
-OURS, COPY = "gemma_fold", "copy"
-Table = dict[tuple[str, int, int], dict[str, float]]  # (op, hidden, tokens) -> impl -> us
+COPY = "copy"
 
 TITLES = {
     "rms_norm": "RMSNorm",
@@ -60,14 +55,6 @@ best composition of launches).
 """
 
 
-def load(path: Path) -> tuple[dict[str, Any], Table]:
-    data = json.loads(path.read_text())
-    table: Table = defaultdict(dict)
-    for row in data["rows"]:
-        table[row["op"], row["hidden"], row["tokens"]][row["impl"]] = row["us"]
-    return data["meta"], table
-
-
 def rivals(op: str, times: dict[str, float]) -> dict[str, float]:
     """The peers an operator is judged by: compositions of launches where it replaces several."""
     found = {impl: us for impl, us in times.items() if impl not in (OURS, COPY)}
@@ -76,11 +63,7 @@ def rivals(op: str, times: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(math.log(value) for value in values) / len(values))
-
-
-def ratios(op: str, table: Table, pick: Any) -> list[tuple[float, int, int]]:
+def ratios(op: str, table: Times, pick: Any) -> list[tuple[float, int, int]]:
     """(our time over the picked one, hidden, tokens) at every point that has it."""
     found = []
     for (name, hidden, tokens), times in sorted(table.items()):
@@ -90,7 +73,7 @@ def ratios(op: str, table: Table, pick: Any) -> list[tuple[float, int, int]]:
     return found
 
 
-def summary(table: Table) -> list[str]:
+def summary(table: Times) -> list[str]:
     lines = [
         "| operator | points | vs best: geometric mean | vs best: worst | points over 1.03 |"
         " vs FlashInfer: geometric mean | vs torch.compile: worst | of copy: lowest |",
@@ -127,7 +110,7 @@ def summary(table: Table) -> list[str]:
     return lines
 
 
-def misses(table: Table) -> list[str]:
+def misses(table: Times) -> list[str]:
     """Every point where a peer is more than 3 % faster than ours."""
     found = []
     for (op, hidden, tokens), times in sorted(table.items()):
@@ -143,7 +126,7 @@ def misses(table: Table) -> list[str]:
     return [head, "|---|---|---|---|---|---|---|", *found]
 
 
-def detail(op: str, hidden: int, table: Table) -> list[str]:
+def detail(op: str, hidden: int, table: Times) -> list[str]:
     points = {tokens: t for (o, h, tokens), t in sorted(table.items()) if (o, h) == (op, hidden)}
     names = sorted({impl for times in points.values() for impl in times} - {OURS, COPY})
     lines = [
@@ -158,13 +141,11 @@ def detail(op: str, hidden: int, table: Table) -> list[str]:
     return lines
 
 
-def plot(op: str, table: Table, gpu: str, path: Path) -> None:
+def plot(op: str, table: Times, gpu: str, path: Path) -> None:
     """Time over the copy's time, against tokens, one panel per hidden size."""
     widths = sorted({hidden for (name, hidden, _) in table if name == op})
-    figure, axes = plt.subplots(
-        1, len(widths), figsize=(2.6 * len(widths), 3.2), sharey=True, squeeze=False
-    )
-    for axis, hidden in zip(axes[0], widths, strict=True):
+    figure, axes = panels(len(widths), 2.6, 3.2)
+    for axis, hidden in zip(axes, widths, strict=True):
         curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for (name, width, tokens), times in sorted(table.items()):
             if (name, width) == (op, hidden):
@@ -174,25 +155,12 @@ def plot(op: str, table: Table, gpu: str, path: Path) -> None:
         for impl, curve in sorted(curves.items(), key=lambda item: item[0] == OURS):
             style = {"color": "black", "linewidth": 2.2} if impl == OURS else {"linewidth": 1.1}
             axis.plot(*zip(*curve, strict=True), label=impl, marker=".", **style)
-        axis.set_xscale("log", base=4)
-        axis.set_yscale("log", base=2)
-        axis.set_xticks([1, 16, 256, 4096], ["1", "16", "256", "4096"])
-        axis.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
-        axis.minorticks_off()
+        frame(axis, hidden, [1, 16, 256, 4096], [0.5, 1, 2, 4])
         axis.axhline(1.0, color="grey", linewidth=0.7, linestyle=":")
-        axis.set_title(f"H {hidden}", fontsize=9)
-        axis.set_xlabel("tokens", fontsize=8)
-        axis.tick_params(labelsize=7)
-    axes[0][0].set_ylabel("time / time of a copy", fontsize=8)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=8, frameon=False)
-    figure.suptitle(f"{TITLES[op]}\n{gpu}", fontsize=10)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    finish(figure, axes, "time / time of a copy", f"{TITLES[op]}\n{gpu}", path)
 
 
-def host_rows(table: Table) -> list[str]:
+def host_rows(table: Times) -> list[str]:
     lines = []
     for (op, hidden, _), times in sorted(table.items()):
         if op.endswith(" host"):
@@ -202,13 +170,12 @@ def host_rows(table: Table) -> list[str]:
 
 
 def chapter(path: Path) -> list[str]:
-    meta, table = load(path)
-    versions = ", ".join(f"{name} {version}" for name, version in meta["peers"].items())
+    data = json.loads(path.read_text())
+    meta, table = data["meta"], grouped(data["rows"])
     lines = [
         f"## {meta['gpu']}",
         "",
-        f"torch {meta['torch']}, triton {meta['triton']}, {versions}; {meta['date']}, commit"
-        f" `{meta['commit'][:12]}`, `{meta['command']}`.",
+        f"torch {meta['torch']}, triton {meta['triton']}, {peers_of(meta)}; {run_of(meta)}",
         "",
         *summary(table),
         MEANS,

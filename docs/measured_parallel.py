@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 from measured import RESULTS, table
+from result_rows import OURS, Times, geometric_mean, grouped, peers_of, run_of
 
-OURS = "gemma_fold"
 OPERATORS = {
     "all_reduce_add_rms_norm": "All-reduce, residual add, norm",
     "all_reduce_rms_norm_add_rms_norm": "All-reduce, Gemma's sandwich",
@@ -34,10 +33,9 @@ def all_reduce() -> str:
 def _chapter(name: str) -> Iterator[str]:
     data = json.loads((RESULTS / name).read_text())
     meta = data["meta"]
-    peers = ", ".join(f"{peer} {version}" for peer, version in meta["peers"].items())
     yield (
         f"### {meta['world']} x {meta['gpu']}\n\ntorch {meta['torch']}, triton {meta['triton']}, "
-        f"{peers}; {meta['date']}, commit `{meta['commit'][:12]}`, `{meta['command']}`."
+        f"{peers_of(meta)}; {run_of(meta)}"
     )
     times = grouped(data["rows"])
     yield (
@@ -59,7 +57,7 @@ def _chapter(name: str) -> Iterator[str]:
     ]
     yield (
         f"The portable Triton path took {min(ratios):.2f} to {max(ratios):.2f} times the time of "
-        f"the default one (geometric mean {_mean(ratios):.2f})."
+        f"the default one (geometric mean {geometric_mean(ratios):.2f})."
     )
 
 
@@ -68,21 +66,9 @@ def plot_name(result: str, op: str) -> str:
     return f"{result.removesuffix('.json')}_{op}.svg"
 
 
-def grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, int, int], dict[str, float]]:
-    """(operator, hidden, tokens) -> implementation -> microseconds."""
-    found: dict[tuple[str, int, int], dict[str, float]] = defaultdict(dict)
-    for row in rows:
-        found[row["op"], row["hidden"], row["tokens"]][row["impl"]] = row["us"]
-    return found
-
-
 def best_peer(times: dict[str, float]) -> tuple[float, str]:
     """The fastest implementation that is not ours, and its name."""
     return min((us, impl) for impl, us in times.items() if impl != OURS)
-
-
-def _mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def _cell(times: dict[str, float]) -> str:
@@ -90,7 +76,7 @@ def _cell(times: dict[str, float]) -> str:
     return f"**{times[OURS]:.2f}**, {us:.2f} ({impl})"
 
 
-def _summary(times: dict[tuple[str, int, int], dict[str, float]]) -> Iterator[tuple[str, ...]]:
+def _summary(times: Times) -> Iterator[tuple[str, ...]]:
     for op, title in OPERATORS.items():
         for label, small in (("up to 64", True), ("more", False)):
             ratios = [
@@ -99,7 +85,7 @@ def _summary(times: dict[tuple[str, int, int], dict[str, float]]) -> Iterator[tu
                 if o == op and (tokens <= 64) == small
             ]
             worst, where = max(ratios)
-            mean = _mean([ratio for ratio, _ in ratios])
+            mean = geometric_mean([ratio for ratio, _ in ratios])
             yield title, label, str(len(ratios)), f"{mean:.2f}", f"{worst:.2f}", where
 
 
@@ -125,10 +111,9 @@ def vllm() -> str:
 def _vllm_run(name: str) -> Iterator[str]:
     data = json.loads((RESULTS / name).read_text())
     meta, rows = data["meta"], data["rows"]
-    peers = ", ".join(f"{peer} {version}" for peer, version in meta["peers"].items())
     yield (
-        f"{meta['gpu']}, tensor parallel {rows[0]['tp']}, torch {meta['torch']}, {peers}; "
-        f"{meta['date']}, commit `{meta['commit'][:12]}`, `{meta['command']}`."
+        f"{meta['gpu']}, tensor parallel {rows[0]['tp']}, torch {meta['torch']}, "
+        f"{peers_of(meta)}; {run_of(meta)}"
     )
     found: dict[tuple[object, ...], dict[str, Any]] = defaultdict(dict)
     for row in rows:
