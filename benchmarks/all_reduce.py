@@ -24,7 +24,6 @@ import datetime
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.distributed._symmetric_memory as symmetric_memory  # noqa: E402
 import triton  # noqa: E402
 from graph_timing import capture  # noqa: E402
+from run_meta import git_commit  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gemma_fold import ops  # noqa: E402
@@ -298,11 +298,6 @@ def write(path: Path, rows: list[dict[str, Any]], commit: str, command: str) -> 
         for name, part in listed.items()
     ]
     path.write_text(f'{{"meta": {json.dumps(meta, indent=1)},\n' + ",\n".join(parts) + "}\n")
-
-
-def git_commit() -> str:
-    out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return out.stdout.strip() or "unknown"
 
 
 def summary(op: str, tokens: int, hidden: int, found: dict[str, float]) -> str:

@@ -17,7 +17,6 @@ import json
 import multiprocessing as mp
 import platform
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -34,6 +33,7 @@ import qk_peers as qk  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from graph_timing import capture, time_interleaved  # noqa: E402
+from run_meta import git_commit  # noqa: E402
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 HIDDEN = (640, 1152, 2560, 3840, 4096, 5376, 8192)
@@ -209,11 +209,6 @@ def worker(prepare: Callable[..., Any], args: argparse.Namespace, ready: Any, tu
     except BaseException:
         ready.abort()
         results.put(traceback.format_exc())
-
-
-def git_commit() -> str:
-    out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return out.stdout.strip() or "unknown"
 
 
 def command(args: argparse.Namespace) -> str:

@@ -20,8 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "gpu" / "all_reduce_worker.py"
-#: initcheck takes part where other processes write what a kernel reads.
-TOOLS = {False: ("memcheck", "racecheck"), True: ("memcheck", "racecheck", "initcheck")}
+TOOLS = ("memcheck", "racecheck")
+#: Where other processes write what a kernel reads.
+PEER_TOOLS = (*TOOLS, "initcheck")
 TOKENS = (1, 5, 600)
 HIDDEN = (64, 640, 641, 1152, 5376, 16384)
 
@@ -103,9 +104,10 @@ def main() -> int:
     import torch
     import triton
 
-    results = [sanitize(tool, args.world) for tool in TOOLS[args.world > 1]]
+    bench, tools = ("all_reduce", PEER_TOOLS) if args.world > 1 else ("norms", TOOLS)
+    results = [sanitize(tool, args.world) for tool in tools]
     meta = {
-        "bench": "all_reduce_sanitizer" if args.world > 1 else "norms_sanitizer",
+        "bench": f"{bench}_sanitizer",
         "world": args.world,
         "gpu": torch.cuda.get_device_name(0),
         "torch": torch.__version__,

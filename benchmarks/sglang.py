@@ -33,7 +33,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this folder holds an sglang.py
 
 from benchmarks import sglang_load, vllm_shapes  # noqa: E402
-from benchmarks.engine_meta import engine_meta  # noqa: E402
+from benchmarks.run_meta import engine_meta  # noqa: E402
 
 ROOT = Path(sys.path[0])
 STOCK, OURS = "stock", "gemma_fold"

@@ -18,7 +18,6 @@ import datetime
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from run_meta import git_commit  # noqa: E402
 
 import gemma_fold  # noqa: E402
 from gemma_fold.runtime import sandwich  # noqa: E402
@@ -198,12 +198,6 @@ def real_logits(folder: Path, device: str) -> dict[str, Any]:
     stock = load(folder, dtype=torch.bfloat16, device_map={"": device}).eval()
     folded = gemma_fold.fold_model(copy.deepcopy(stock))
     return {"model": folder.name, **compare_logits(stock, folded)}
-
-
-def git_commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return out.stdout.strip() or "unknown"
 
 
 def meta(commit: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this folder holds a vllm.py
 
 from benchmarks import vllm_shapes  # noqa: E402
-from benchmarks.engine_meta import engine_meta  # noqa: E402
+from benchmarks.run_meta import engine_meta  # noqa: E402
 
 ROOT = Path(sys.path[0])
 ENGINE = ROOT / "benchmarks" / "vllm_engine.py"

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 _START_SECONDS = 300
 
 
@@ -29,7 +27,7 @@ def running(
 ) -> Iterator[str]:
     """The address of what `command` serves on `port`, once it is healthy; stopped by signal.
 
-    The test fails with the end of the log if it never is.
+    Raises RuntimeError, with its log, if it never is.
     """
     address = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
@@ -40,21 +38,22 @@ def running(
             stderr=subprocess.STDOUT,
         )
     try:
-        _wait(process, address, log)
+        wait_until_healthy(process, address, log)
         yield address
     finally:
         process.terminate()
         process.wait(60)
 
 
-def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def wait_until_healthy(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    """Returns when the server answers; RuntimeError, with its log, if it ends or takes too long."""
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            pytest.fail(f"the server ended: {log.read_text()[-4000:]}")
+            raise RuntimeError(f"the server ended: {log.read_text(errors='replace')}")
         try:
             urllib.request.urlopen(f"{address}/health", timeout=5).close()
             return
         except OSError:
             time.sleep(0.3)
-    pytest.fail(f"the server is not ready in time: {log.read_text()[-4000:]}")
+    raise RuntimeError(f"no answer in time: {log.read_text(errors='replace')[-4000:]}")

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from local_server import free_port
+from local_server import free_port, wait_until_healthy
 
 OPTIONS = (
     "--device=cpu",
@@ -31,7 +30,6 @@ OPTIONS = (
 )
 PROMPTS = ((2, 17, 45, 23, 4, 61, 7), (2, 80, 41), (2, *range(5, 25)))
 TOKENS = 16
-_START_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -93,23 +91,10 @@ def started(
         )
     try:
         server = Server(f"http://127.0.0.1:{port}", log)
-        _wait(server, process)
+        wait_until_healthy(process, server.url, log)
         yield server
     finally:
         _end(process)
-
-
-def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(server.log.read_text(errors="replace"))
-        try:
-            urllib.request.urlopen(server.url + "/health", timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.3)
-    raise RuntimeError("no answer in time: " + server.log.read_text(errors="replace")[-4000:])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

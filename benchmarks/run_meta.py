@@ -1,4 +1,4 @@
-"""What a result of an engine's benchmark says of its run."""
+"""What the result of a benchmark says of its run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def git_commit() -> str:
+    """The commit that is checked out, or "unknown"."""
+    return _output("git", "rev-parse", "HEAD") or "unknown"
+
+
 def engine_meta(engine: str) -> dict[str, Any]:
     """The `meta` of a result file of `benchmarks/{engine}.py`."""
     gpus = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
@@ -22,7 +27,7 @@ def engine_meta(engine: str) -> dict[str, Any]:
         "torch": _version("torch"),
         "triton": _version("triton"),
         "peers": {engine: _version(engine), "flashinfer": _version("flashinfer-python")},
-        "commit": _output("git", "rev-parse", "HEAD"),
+        "commit": git_commit(),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", f"benchmarks/{engine}.py", *sys.argv[1:]]),
     }
