@@ -28,6 +28,8 @@ BYTES = {
     "rms_norm": (2, 2),
     "add_rms_norm": (4, 4),
     "rms_norm_add_rms_norm": (4, 4),
+    "add_rms_norm_": (4, 4),
+    "rms_norm_add_rms_norm_": (4, 4),
     "qk_rms_norm": (2, 2),
     "qk_rms_norm_rope": (2, 2),
     "rms_norm_fp8_static": (2, 1),
@@ -84,6 +86,11 @@ def installed(name: str) -> ModuleType | None:
         return None
 
 
+def peer_op(op: str) -> str:
+    """Whether ours works in place or not, its peers are the same: each as its interface has it."""
+    return op.removesuffix("_")
+
+
 def versions() -> dict[str, str]:
     """Installed versions of the peers and of what they compile with."""
     found = {}
@@ -109,6 +116,10 @@ def ours(op: str, b: Buffers) -> Call:
         "rms_norm": lambda i: ops.rms_norm(b.x[i], g, EPS),
         "add_rms_norm": lambda i: ops.add_rms_norm(b.x[i], b.residual[i], g, EPS),
         "rms_norm_add_rms_norm": lambda i: ops.rms_norm_add_rms_norm(
+            b.x[i], b.residual[i], g, g, EPS, EPS
+        ),
+        "add_rms_norm_": lambda i: ops.add_rms_norm_(b.x[i], b.residual[i], g, EPS),
+        "rms_norm_add_rms_norm_": lambda i: ops.rms_norm_add_rms_norm_(
             b.x[i], b.residual[i], g, g, EPS, EPS
         ),
         "rms_norm_fp8_static": lambda i: ops.rms_norm_fp8(b.x[i], g, EPS, s),
@@ -146,7 +157,7 @@ def flashinfer_calls(fi: ModuleType, op: str, b: Buffers) -> Call | None:
         ),
         "rms_norm_add_rms_norm_fp8_static": sandwich_fp8,
     }
-    return table.get(op)
+    return table.get(peer_op(op))
 
 
 def flashinfer_backend(fi: ModuleType, cuda: bool, call: Call) -> Call:
@@ -177,7 +188,7 @@ def quack_calls(quack: ModuleType, op: str, b: Buffers) -> Call | None:
         "add_rms_norm": add,
         "rms_norm_add_rms_norm": sandwich,
     }
-    return table.get(op)
+    return table.get(peer_op(op))
 
 
 def liger_calls(liger: ModuleType, op: str, b: Buffers) -> Call | None:
@@ -196,7 +207,7 @@ def liger_calls(liger: ModuleType, op: str, b: Buffers) -> Call | None:
         "add_rms_norm": add,
         "rms_norm_add_rms_norm": lambda i: add(i, norm(i)),
     }
-    return table.get(op)
+    return table.get(peer_op(op))
 
 
 def compiled_calls(op: str, b: Buffers) -> Call | None:
@@ -215,7 +226,7 @@ def compiled_calls(op: str, b: Buffers) -> Call | None:
         "add_rms_norm": add,
         "rms_norm_add_rms_norm": lambda x, residual: add(norm(x), residual),
     }
-    if op not in forwards:
+    if peer_op(op) not in forwards:
         return None
-    forward = torch.compile(forwards[op], dynamic=True)
+    forward = torch.compile(forwards[peer_op(op)], dynamic=True)
     return lambda i: forward(b.x[i], b.residual[i])

@@ -43,12 +43,14 @@ def run_kernels() -> int:
                 ops.rms_norm(x, gamma)
                 ops.add_rms_norm(x, x, gamma)
                 ops.rms_norm_add_rms_norm(x, x, gamma, gamma)
+                ops.add_rms_norm_(x.clone(), x.clone(), gamma)
+                ops.rms_norm_add_rms_norm_(x.clone(), x.clone(), gamma, gamma)
                 for given in (None, scale):
                     ops.rms_norm_fp8(x, gamma, 1e-6, given)
                     ops.add_rms_norm_fp8(x, x, gamma, 1e-6, given)
                     ops.rms_norm_add_rms_norm_fp8(x, x, gamma, gamma, 1e-6, 1e-6, given)
                 torch.ops.gemma_fold.rms_norm_backward(x, x, gamma, 1e-6)
-                calls += 10
+                calls += 12
         for q_heads, k_heads, size in ((32, 16, 128), (4, 1, 256), (3, 2, 96)):
             for tokens in TOKENS:
                 qkv = torch.rand(tokens, q_heads + 2 * k_heads, size, device="cuda").to(dtype)

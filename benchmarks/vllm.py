@@ -50,6 +50,7 @@ ENVIRONMENT = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB: two engines rehearse on one machine
     "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_DEEP_GEMM": "0",
@@ -146,7 +147,7 @@ def engine_options(args: argparse.Namespace, impl: str, work: Path) -> dict[str,
         "dtype": "bfloat16",
         "seed": 0,
         "tensor_parallel_size": args.tp,
-        "max_model_len": args.input + args.output + 16,
+        "max_model_len": max(map(sum, args.lengths)) + 16,
         "max_num_seqs": most,
         "max_num_batched_tokens": 2048,
         "enable_prefix_caching": False,
@@ -172,26 +173,28 @@ def engine_options(args: argparse.Namespace, impl: str, work: Path) -> dict[str,
 
 def measure(children: list[Child], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each concurrency and engine."""
-    sizes = {"input": args.input, "output": args.output}
-    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for n in args.concurrency:
-        for child in children:
-            child.ask(do="measure", concurrency=n, input=args.input, output=16, seed=n)
-    for repeat in range(args.repeats):
+    found: dict[tuple[int, int, int, str], list[dict[str, Any]]] = {}
+    for prompt, new in args.lengths:
         for n in args.concurrency:
             for child in children:
-                answer = child.ask(do="measure", concurrency=n, seed=1000 * repeat + n, **sizes)
-                found.setdefault((n, child.impl), []).append(answer)
-                tpot = 1e3 * statistics.median(answer["gaps"])
-                print(f"repeat {repeat} concurrency {n} {child.impl}: {tpot:.3f} ms", flush=True)
-    for (n, impl), runs in found.items():
+                child.ask(do="measure", concurrency=n, input=prompt, output=16, seed=n)
+        for repeat in range(turns(args.repeats, new)):
+            for n in args.concurrency:
+                for child in children:
+                    sizes = {"concurrency": n, "input": prompt, "output": new}
+                    answer = child.ask(do="measure", seed=1000 * repeat + n, **sizes)
+                    found.setdefault((prompt, new, n, child.impl), []).append(answer)
+                    tpot = 1e3 * statistics.median(answer["gaps"])
+                    print(f"repeat {repeat} {sizes} {child.impl}: {tpot:.3f} ms", flush=True)
+    for (prompt, new, n, impl), runs in found.items():
         gaps = [1e3 * gap for one in runs for gap in one["gaps"]]
         cuts = statistics.quantiles(gaps, n=10)
         yield {
             "model": args.model_shape,
             "tp": args.tp,
             "concurrency": n,
-            **sizes,
+            "input": prompt,
+            "output": new,
             "impl": impl,
             "tpot_ms": round(statistics.median(gaps), 4),
             "tokens_per_s": round(
@@ -204,6 +207,16 @@ def measure(children: list[Child], args: argparse.Namespace) -> Iterator[dict[st
             "layers": args.layers,
             "repeats_ms": [round(1e3 * statistics.median(r["gaps"]), 4) for r in runs],
         }
+
+
+def turns(repeats: int, new: int) -> int:
+    """Fewer for long outputs, of which one has many steps: each engine still has a turn."""
+    return min(repeats, max(1, repeats * 128 // new))
+
+
+def length(text: str) -> tuple[int, int]:
+    prompt, _, new = text.partition("/")
+    return int(prompt), int(new)
 
 
 def profile(children: list[Child], args: argparse.Namespace) -> dict[str, Any]:
@@ -231,8 +244,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--concurrency", type=lambda s: [int(n) for n in s.split(",")], default=[1, 8, 32]
     )
-    parser.add_argument("--input", type=int, default=32)
-    parser.add_argument("--output", type=int, default=128)
+    parser.add_argument(
+        "--lengths", type=length, nargs="+", default=[(32, 128)], help="input/output, in tokens"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="no torch.compile, no CUDA graphs")
     parser.add_argument("--memory", type=float, default=0.42, help="of each engine, of a GPU")

@@ -31,6 +31,7 @@ from gemma_fold.kernels.eager import runs_eagerly
 __all__ = [
     "AllReduceWorkspace",
     "add_rms_norm",
+    "add_rms_norm_",
     "add_rms_norm_fp8",
     "all_reduce",
     "all_reduce_add_rms_norm",
@@ -41,6 +42,7 @@ __all__ = [
     "qk_rms_norm_rope",
     "rms_norm",
     "rms_norm_add_rms_norm",
+    "rms_norm_add_rms_norm_",
     "rms_norm_add_rms_norm_fp8",
     "rms_norm_fp8",
 ]
@@ -106,6 +108,51 @@ def rms_norm_add_rms_norm(
     return cast(tuple[Tensor, Tensor], _ops.rms_norm_add_rms_norm(*args))
 
 
+def add_rms_norm_(x: Tensor, residual: Tensor, gamma: Tensor, eps: float = 1e-6) -> None:
+    """:func:`add_rms_norm` in place: ``x`` becomes the norm, ``residual`` the new residual.
+
+    The same bits without new memory, for code that needs neither operand afterwards. Both are
+    contiguous and share no memory. Not differentiable. Under torch.compile it becomes
+    :func:`add_rms_norm` and two copies: use that one there.
+    """
+    if _grad_enabled() and (x.requires_grad or residual.requires_grad or gamma.requires_grad):
+        raise ValueError("add_rms_norm_ works in place and has no backward; use add_rms_norm")
+    if runs_eagerly(x):
+        dispatch.add_rms_norm_(x, residual, gamma, eps)
+    else:
+        # Inductor can lose the offset of a view that a traced operator mutates; copies it fuses.
+        y, total = _ops.add_rms_norm(x, residual, gamma, eps)
+        x.copy_(y)
+        residual.copy_(total)
+
+
+def rms_norm_add_rms_norm_(
+    x: Tensor,
+    residual: Tensor,
+    post_gamma: Tensor,
+    pre_gamma: Tensor,
+    post_eps: float = 1e-6,
+    pre_eps: float = 1e-6,
+) -> None:
+    """:func:`rms_norm_add_rms_norm` in place, under the rules of :func:`add_rms_norm_`."""
+    if _grad_enabled() and (
+        x.requires_grad
+        or residual.requires_grad
+        or post_gamma.requires_grad
+        or pre_gamma.requires_grad
+    ):
+        raise ValueError(
+            "rms_norm_add_rms_norm_ works in place and has no backward; use rms_norm_add_rms_norm"
+        )
+    args = (x, residual, post_gamma, pre_gamma, post_eps, pre_eps)
+    if runs_eagerly(x):
+        dispatch.rms_norm_add_rms_norm_(*args)
+    else:
+        y, total = _ops.rms_norm_add_rms_norm(*args)
+        x.copy_(y)
+        residual.copy_(total)
+
+
 def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float = 1e-6) -> None:
     """RMSNorm of every q head and every k head, in place, in one launch.
 
@@ -119,7 +166,7 @@ def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: flo
     if runs_eagerly(q):
         dispatch.qk_rms_norm_(q, k, q_gamma, k_gamma, eps)
     else:
-        # Inductor can lose the offset of a view that a traced operator mutates; copies it fuses.
+        # Through copies, for the reason given in add_rms_norm_.
         q_normed, k_normed = _ops.qk_rms_norm(q, k, q_gamma, k_gamma, eps)
         q.copy_(q_normed)
         k.copy_(k_normed)
@@ -166,7 +213,7 @@ def qk_rms_norm_rope(
     if runs_eagerly(q):
         dispatch.qk_rms_norm_rope_(*args)
     else:
-        # Through copies, for the reason given in qk_rms_norm.
+        # Through copies, for the reason given in add_rms_norm_.
         q_turned, k_turned = _ops.qk_rms_norm_rope(*args)
         q.copy_(q_turned)
         k.copy_(k_turned)

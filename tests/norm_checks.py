@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemma_fold import ops
+
 MANTISSA = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
 
 
@@ -79,3 +81,18 @@ def pair_sizes(x: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
     length = pairs.square().sum(-1 if interleaved else -2, keepdim=True).sqrt()
     turning.copy_(length.expand_as(pairs).flatten(-2))
     return sizes
+
+
+def check_in_place(x: Tensor, residual: Tensor, post: Tensor, pre: Tensor, eps: float) -> None:
+    """The operators that work in place leave the bits that the others return."""
+    for values, write in (
+        (ops.add_rms_norm(x, residual, post, eps), lambda a, b: ops.add_rms_norm_(a, b, post, eps)),
+        (
+            ops.rms_norm_add_rms_norm(x, residual, post, pre, eps, 1e-5),
+            lambda a, b: ops.rms_norm_add_rms_norm_(a, b, post, pre, eps, 1e-5),
+        ),
+    ):
+        written = x.clone(), residual.clone()
+        write(*written)
+        for got, want in zip(written, values, strict=True):
+            assert torch.equal(got, want)

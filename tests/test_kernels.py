@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from norm_checks import exact_rope, fused_qkv, gamma, pair_sizes, rows, table, ulps
+from norm_checks import check_in_place, exact_rope, fused_qkv, gamma, pair_sizes, rows, table, ulps
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -41,6 +41,7 @@ def test_equals_the_unfused_sequence(hidden: int, dtype: torch.dtype) -> None:
     y, total = ops.rms_norm_add_rms_norm(x, residual, post, pre, EPS, 1e-5)
     assert ulps(total, residual + normed, dtype, normed, residual) <= LIMIT[dtype]
     assert ulps(y, reference.rms_norm(total, pre, 1e-5), dtype) <= LIMIT[dtype]
+    check_in_place(x, residual, post, pre, EPS)
 
 
 def test_rows_that_share_a_program_and_rows_left_over() -> None:

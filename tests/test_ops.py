@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from norm_checks import exact_norm, gamma, rows
+from norm_checks import check_in_place, exact_norm, gamma, rows
 from torch import Tensor
 
 from gemma_fold import ops
@@ -35,6 +35,7 @@ def test_bit_identical_to_the_stock_norms(dtype: torch.dtype) -> None:
         y, total = ops.rms_norm_add_rms_norm(x, residual, post, pre, EPS, EPS)
         assert torch.equal(total, residual + norms[0](x))
         assert torch.equal(y, norms[1](residual + norms[0](x)))
+        check_in_place(x, residual, post, pre, EPS)
         heads = x.view(21, 5, 128).clone()
         ops.qk_rms_norm(heads[:, :3], heads[:, 3:], post[:128], pre[:128], EPS)
         assert torch.equal(heads[:, :3], ops.rms_norm(x.view(21, 5, 128)[:, :3], post[:128], EPS))
@@ -84,6 +85,9 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(table.rms_norm_backward, (turned.clone(), turned, gain, EPS))
     torch.library.opcheck(table.add_rms_norm, (x, residual, gain, EPS))
     torch.library.opcheck(table.rms_norm_add_rms_norm, (x, residual, gain, gain, EPS, EPS))
+    torch.library.opcheck(table.add_rms_norm_, (x.clone(), residual.clone(), gain, EPS))
+    in_place = (x.clone(), residual.clone(), gain, gain, EPS, EPS)
+    torch.library.opcheck(table.rms_norm_add_rms_norm_, in_place)
     q, k = heads[:, :4].clone(), heads[:, 4:].clone()
     torch.library.opcheck(table.qk_rms_norm, (heads[:, :4], heads[:, 4:], gain, gain, EPS))
     torch.library.opcheck(table.qk_rms_norm_, (q, k, gain, gain, EPS))
@@ -107,7 +111,18 @@ def test_traces_without_graph_breaks_or_recompilation() -> None:
         y, total = ops.rms_norm_add_rms_norm(x, residual, gain, gain)
         q, k = (y * 1).view(-1, 4, 16).split([3, 1], dim=1)
         ops.qk_rms_norm(q, k, gain[:16], gain[16:32])
-        return ops.rms_norm(y, gain), total, q, k, *ops.add_rms_norm_fp8(x, residual, gain)
+        z, again = x * 1, residual * 1
+        ops.add_rms_norm_(z, again, gain)
+        ops.rms_norm_add_rms_norm_(z, again, gain, gain)
+        return (
+            z,
+            again,
+            ops.rms_norm(y, gain),
+            total,
+            q,
+            k,
+            *ops.add_rms_norm_fp8(x, residual, gain),
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=count)
@@ -155,6 +170,26 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: ops.qk_rms_norm(X.view(4, 2, 32), X.view(4, 2, 32), GAIN[:32], GAIN[:32]),
         ValueError,
         "share memory",
+    ),
+    "x and residual overlap": (
+        lambda: ops.add_rms_norm_(X[:3], X[1:], GAIN),
+        ValueError,
+        "x and residual share memory",
+    ),
+    "x is its own residual": (
+        lambda: ops.rms_norm_add_rms_norm_(X, X, GAIN, GAIN),
+        ValueError,
+        "x and residual share memory",
+    ),
+    "strided in place": (
+        lambda: ops.add_rms_norm_(X.clone(), torch.zeros(4, 128).bfloat16()[:, :64], GAIN),
+        ValueError,
+        "residual is written in place and must be contiguous",
+    ),
+    "gradient in place": (
+        lambda: ops.add_rms_norm_(X.clone(), X, GAIN.clone().requires_grad_()),
+        ValueError,
+        "no backward",
     ),
     "repeated q": (
         lambda: ops.qk_rms_norm(

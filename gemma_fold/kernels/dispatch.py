@@ -178,6 +178,45 @@ def rms_norm_add_rms_norm(
     return y, total
 
 
+def add_rms_norm_(x: Tensor, residual: Tensor, gamma: Tensor, eps: float) -> None:
+    key = ("add_rms_norm_", *_facts(x), *_facts(residual), *_facts(gamma))
+    plan = _plans.get(key)
+    if plan is None or layout.shares_memory(x, residual):
+        check_add(x, residual, gamma)
+        layout.check_in_place(x, residual)
+        if _reference_runs(x):
+            y, total = reference.add_rms_norm(x, residual, gamma, eps)
+            x.copy_(y)
+            residual.copy_(total)
+            return
+        plan = _remember(key, _launch().plan_add_rms_norm(x, residual))
+    plan((x, residual, gamma, x, residual, None), (eps,))
+
+
+def rms_norm_add_rms_norm_(
+    x: Tensor,
+    residual: Tensor,
+    post_gamma: Tensor,
+    pre_gamma: Tensor,
+    post_eps: float,
+    pre_eps: float,
+) -> None:
+    key = ("sandwich_", *_facts(x), *_facts(residual), *_facts(post_gamma), *_facts(pre_gamma))
+    plan = _plans.get(key)
+    if plan is None or layout.shares_memory(x, residual):
+        check_sandwich(x, residual, post_gamma, pre_gamma)
+        layout.check_in_place(x, residual)
+        if _reference_runs(x):
+            y, total = reference.rms_norm_add_rms_norm(
+                x, residual, post_gamma, pre_gamma, post_eps, pre_eps
+            )
+            x.copy_(y)
+            residual.copy_(total)
+            return
+        plan = _remember(key, _launch().plan_rms_norm_add_rms_norm(x, residual))
+    plan((x, residual, post_gamma, pre_gamma, x, residual, None), (post_eps, pre_eps))
+
+
 def qk_rms_norm(
     q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

@@ -138,6 +138,20 @@ def token_stride(heads: Tensor, name: str) -> int:
     return row_stride(heads.select(-2, 0), name)
 
 
+def check_in_place(x: Tensor, residual: Tensor) -> None:
+    """Both are read and then written, as dense rows: no element may belong to both."""
+    for name, rows in (("x", x), ("residual", residual)):
+        if not rows.is_contiguous():
+            raise ValueError(f"{name} is written in place and must be contiguous")
+    if shares_memory(x, residual):
+        raise ValueError("x and residual share memory; both are written in place")
+
+
+def shares_memory(x: Tensor, residual: Tensor) -> bool:
+    """Whether two contiguous tensors of one size overlap."""
+    return abs(x.data_ptr() - residual.data_ptr()) < x.nbytes
+
+
 def _span(heads: Tensor) -> int:
     """Elements from the first to one past the last of ``heads``."""
     return 1 + sum((n - 1) * stride for n, stride in zip(heads.shape, heads.stride(), strict=True))

@@ -75,6 +75,21 @@ def _fake_sandwich(
     return _like(x), _like(x)
 
 
+def _fake_add_in_place(x: Tensor, residual: Tensor, gamma: Tensor, eps: float) -> None:
+    dispatch.check_add(x, residual, gamma)
+
+
+def _fake_sandwich_in_place(
+    x: Tensor,
+    residual: Tensor,
+    post_gamma: Tensor,
+    pre_gamma: Tensor,
+    post_eps: float,
+    pre_eps: float,
+) -> None:
+    dispatch.check_sandwich(x, residual, post_gamma, pre_gamma)
+
+
 def _fake_qk(
     q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -193,6 +208,13 @@ _ROPE = (
     "Tensor q_gamma, Tensor k_gamma, Tensor cos_sin, Tensor? positions, float eps, bool interleaved"
 )
 
+
+def _written(arguments: str) -> str:
+    """The same operands, x and the residual written in place."""
+    named = arguments.replace("Tensor x", "Tensor(a!) x")
+    return named.replace("Tensor residual", "Tensor(b!) residual")
+
+
 _define(f"rms_norm({_NORM}) -> Tensor", dispatch.rms_norm, _fake_rms_norm)
 _define(
     f"rms_norm_backward(Tensor grad, {_NORM}) -> (Tensor, Tensor)",
@@ -204,6 +226,12 @@ _define(
     f"rms_norm_add_rms_norm({_SANDWICH}) -> (Tensor, Tensor)",
     dispatch.rms_norm_add_rms_norm,
     _fake_sandwich,
+)
+_define(f"add_rms_norm_({_written(_ADD)}) -> ()", dispatch.add_rms_norm_, _fake_add_in_place)
+_define(
+    f"rms_norm_add_rms_norm_({_written(_SANDWICH)}) -> ()",
+    dispatch.rms_norm_add_rms_norm_,
+    _fake_sandwich_in_place,
 )
 _define(
     "qk_rms_norm(Tensor q, Tensor k, Tensor q_gamma, Tensor k_gamma, float eps)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from norm_checks import exact_norm, gamma, rows, ulps
+from norm_checks import check_in_place, exact_norm, gamma, rows, ulps
 from torch import Tensor
 
 from gemma_fold import ops
@@ -45,6 +45,7 @@ def test_equals_the_unfused_sequence(tokens: int, hidden: int, dtype: torch.dtyp
     assert torch.equal(total, residual + normed)
     assert torch.equal(y, ops.rms_norm(total, pre, 1e-5))
     assert ulps(y, reference.rms_norm(total, pre, 1e-5), dtype) <= LIMIT[dtype]
+    check_in_place(x, residual, post, pre, EPS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -244,11 +245,13 @@ def test_cuda_graph_replays_on_new_data() -> None:
     x, residual, post, pre = operands(16, 1152, torch.bfloat16)
     q = torch.randn(16, 6, 128, device="cuda", dtype=torch.bfloat16)
     ops.rms_norm_add_rms_norm(x, residual, post, pre)
+    ops.add_rms_norm_(x.clone(), residual.clone(), pre)
     ops.qk_rms_norm(q[:, :4], q[:, 4:], post[:128], pre[:128])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y, total = ops.rms_norm_add_rms_norm(x, residual, post, pre)
         z = ops.rms_norm(y, pre)
+        ops.add_rms_norm_(x, residual, pre)
         ops.qk_rms_norm(q[:, :4], q[:, 4:], post[:128], pre[:128])
     fresh = [rows((16, 1152), torch.bfloat16, seed, "cuda") for seed in (20, 21)]
     x.copy_(fresh[0])
@@ -260,6 +263,8 @@ def test_cuda_graph_replays_on_new_data() -> None:
     want = ops.rms_norm_add_rms_norm(*fresh, post, pre)
     assert torch.equal(y, want[0]) and torch.equal(total, want[1])
     assert torch.equal(z, ops.rms_norm(want[0], pre)) and torch.equal(q, heads)
+    want = ops.add_rms_norm(*fresh, pre)
+    assert torch.equal(x, want[0]) and torch.equal(residual, want[1])
 
 
 def test_a_gamma_written_by_the_kernel_before_is_seen() -> None:
@@ -300,6 +305,9 @@ def test_operators_pass_opcheck() -> None:
     x, post = x.detach(), post.detach()
     torch.library.opcheck(table.add_rms_norm, (x, residual, post, EPS))
     torch.library.opcheck(table.rms_norm_add_rms_norm, (x, residual, post, pre, EPS, EPS))
+    copies = x.clone(), residual.clone()
+    torch.library.opcheck(table.add_rms_norm_, (*copies, post, EPS))
+    torch.library.opcheck(table.rms_norm_add_rms_norm_, (*copies, post, pre, EPS, EPS))
     gains = (post[:128], pre[:128], EPS)
     torch.library.opcheck(table.qk_rms_norm, (heads[:, :4], heads[:, 4:], *gains))
     torch.library.opcheck(table.qk_rms_norm_, (heads[:, :4].clone(), heads[:, 4:].clone(), *gains))
