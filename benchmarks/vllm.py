@@ -162,6 +162,10 @@ def engine_options(args: argparse.Namespace, impl: str, work: Path) -> dict[str,
         engine["kernel_config"] = {"enable_flashinfer_autotune": False}
         fusion = args.tp > 1 and not args.eager
         engine["compilation_config"]["pass_config"] = {"fuse_allreduce_rms": fusion}
+    if "text_config" in config:
+        engine["language_model_only"] = True
+        # The default on Hopper would compile FlashInfer's kernel for prefill when it starts.
+        engine["additional_config"] = {"gdn_prefill_backend": "triton"}
     if args.profile:
         engine["profiler_config"] = {
             "profiler": "torch",

@@ -67,9 +67,8 @@ def _gemma2_27b(layers: int = 46) -> dict[str, Any]:
 
 
 def _qwen3_5_like(layers: int = 64) -> dict[str, Any]:
-    return {
+    text = {
         **_COMMON,
-        "architectures": ["Qwen3_5ForCausalLM"],
         "model_type": "qwen3_5_text",
         "vocab_size": 248320,
         "hidden_size": 5120,
@@ -86,7 +85,26 @@ def _qwen3_5_like(layers: int = 64) -> dict[str, Any]:
         "linear_key_head_dim": 128,
         "linear_value_head_dim": 128,
         "linear_conv_kernel_dim": 4,
-        "rope_parameters": {**_ROPE, "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+        "rope_parameters": {
+            **_ROPE,
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [11, 11, 10],
+            "mrope_interleaved": True,
+        },
+        "tie_word_embeddings": False,
+    }
+    # Served without its images, as `--language-model-only` does: vLLM 0.26 has no text-only class.
+    return {
+        "dtype": "bfloat16",
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "text_config": text,
+        "vision_config": {"model_type": "qwen3_5", "depth": 1, "out_hidden_size": 5120},
+        "image_token_id": 248056,
+        "video_token_id": 248057,
+        "vision_start_token_id": 248053,
+        "vision_end_token_id": 248054,
         "tie_word_embeddings": False,
     }
 
@@ -117,4 +135,9 @@ _SMALL = {
 def config(name: str, layers: int | None, *, small: bool) -> dict[str, Any]:
     """`config.json` of the shape, with another number of layers or a CPU's width if wanted."""
     shape = _SHAPES[name](layers) if layers else _SHAPES[name]()
-    return {**shape, **{k: v for k, v in _SMALL.items() if k in shape}} if small else shape
+    if small:
+        text = shape.get("text_config", shape)
+        text.update({k: v for k, v in _SMALL.items() if k in text})
+        if "mrope_section" in text["rope_parameters"]:
+            text["head_dim"] = 256  # what the sections add up to
+    return shape
