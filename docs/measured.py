@@ -70,10 +70,15 @@ def gpu_diff() -> str:
 
 def gpu_floor() -> str:
     """Mean KL of the random-weight model, folded and of the original to itself."""
-    (found,) = _read("transformers_decode_h200.json")["logits"]
-    header = ("positions", "folded, one by one", "folded, in a batch", "original: noise floor")
+    header = ("", "positions", "folded, one by one", "folded, in a batch", "original: noise floor")
     names = ("folded_mean_kl", "folded_batched_mean_kl", "noise_floor_mean_kl")
-    return table(header, [(found["positions"], *(f"{found[name]:.3g}" for name in names))])
+    rows = []
+    for result in ("transformers_decode_h200.json", "transformers_decode_h100.json"):
+        found = _read(result)
+        (logits,) = found["logits"]
+        values = (f"{logits[name]:.3g}" for name in names)
+        rows.append((found["meta"]["device"], logits["positions"], *values))
+    return table(header, rows)
 
 
 def convert() -> str:
