@@ -276,19 +276,28 @@ def _with_ours(impl: str) -> bool:
     return impl.endswith(("+gemma_fold", "-portable"))
 
 
-def write(path: Path, rows: list[dict[str, Any]], commit: str, command: str) -> None:
-    """`rows`: ours and the peers. `with_ours`: our Triton kernel, and peers' sums + our norms."""
-    meta = {
-        "bench": "all_reduce",
+def run_meta(bench: str, out: Path, commit: str) -> dict[str, Any]:
+    """The `meta` of a result file of this or another benchmark of all ranks."""
+    world = dist.get_world_size()
+    return {
+        "bench": bench,
         "gpu": torch.cuda.get_device_name(0),
-        "world": dist.get_world_size(),
+        "world": world,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "peers": versions(),
         "commit": commit,
         "date": datetime.date.today().isoformat(),
-        "command": command,
+        "command": (
+            f"torchrun --nproc-per-node {world} benchmarks/{bench}.py "
+            f"--out benchmarks/results/{out.name}"
+        ),
     }
+
+
+def write(path: Path, rows: list[dict[str, Any]], commit: str) -> None:
+    """`rows`: ours and the peers. `with_ours`: our Triton kernel, and peers' sums + our norms."""
+    meta = run_meta("all_reduce", path, commit)
     listed = {
         "rows": [row for row in rows if not _with_ours(row["impl"])],
         "with_ours": [row for row in rows if _with_ours(row["impl"])],
@@ -375,11 +384,7 @@ def main() -> None:
         if workspace is not None:
             workspace.destroy()
     if rank == 0:
-        command = (
-            f"torchrun --nproc-per-node {world} benchmarks/all_reduce.py "
-            f"--out benchmarks/results/{args.out.name}"
-        )
-        write(args.out, rows, args.commit, command)
+        write(args.out, rows, args.commit)
     dist.destroy_process_group()
 
 

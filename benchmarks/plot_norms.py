@@ -175,7 +175,7 @@ def chapter(path: Path) -> list[str]:
     data = json.loads(path.read_text())
     meta, table = data["meta"], grouped(data["rows"])
     lines = [
-        f"## {meta['gpu']}",
+        f"## {meta['gpu']}, {meta['date']}",
         "",
         f"torch {meta['torch']}, triton {meta['triton']}, {peers_of(meta)}; {run_of(meta)}",
         "",
@@ -217,6 +217,26 @@ def sanitizer(path: Path) -> list[str]:
     return lines
 
 
+def tests(path: Path) -> list[str]:
+    data = json.loads(path.read_text())
+    meta = data["meta"]
+    head = f"## Tests on a GPU, {meta['gpu']}, commit `{meta['commit'][:12]}`"
+    lines = [
+        "",
+        head,
+        "",
+        f"`{meta['command']}`, torch {meta['torch']}, triton {meta['triton']}:",
+        "",
+    ]
+    for row in data["rows"]:
+        skipped = f", skipped: {'; '.join(row['skipped'])}" if row["skipped"] else ""
+        lines.append(
+            f"- {row['tests']}, GPUs: {row['gpus']}: {row['passed']} passed, {row['failed']} failed"
+            f"{skipped}, {row['seconds']} s"
+        )
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
@@ -224,6 +244,8 @@ def main() -> int:
     lines = [INTRO]
     for path in sorted(RESULTS.glob("norms_*.json")):
         lines += sanitizer(path) if "sanitizer" in path.stem else chapter(path)
+    for path in sorted(RESULTS.glob("gpu_tests_*.json")):
+        lines += tests(path)
     (DOCS / "benchmarks.md").write_text("\n".join(lines).rstrip() + "\n")
     return 0
 

@@ -17,13 +17,13 @@ def git_commit() -> str:
     return _output("git", "rev-parse", "HEAD") or "unknown"
 
 
-def engine_meta(engine: str) -> dict[str, Any]:
-    """The `meta` of a result file of `benchmarks/{engine}.py`."""
+def engine_meta(engine: str, world: int) -> dict[str, Any]:
+    """The `meta` of a result file of `benchmarks/{engine}.py`, run on `world` GPUs."""
     gpus = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
     return {
         "bench": engine,
         "gpu": gpus[0] if gpus else "cpu",
-        "world": len(gpus),
+        "world": world,
         "torch": _version("torch"),
         "triton": _version("triton"),
         "peers": {engine: _version(engine), "flashinfer": _version("flashinfer-python")},

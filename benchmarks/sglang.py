@@ -201,7 +201,7 @@ def main() -> None:
         rows = list(rounds(servers, args, vocab))
         print(table(rows))
         if args.result:
-            result = {"meta": engine_meta("sglang"), "rows": rows}
+            result = {"meta": engine_meta("sglang", args.tp), "rows": rows}
             args.result.write_text(json.dumps(result, indent=1) + "\n")
     finally:
         for server in servers:

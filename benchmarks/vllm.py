@@ -277,7 +277,7 @@ def main() -> None:
         for child in children:
             print(f"{child.impl}: {about[child.impl]}", *child.native_lines(), sep="\n  ")
         print(f"both engines up after {time.perf_counter() - start:.0f} s", flush=True)
-        meta = {**engine_meta("vllm"), "engines": about}
+        meta = {**engine_meta("vllm", args.tp), "engines": about}
         result: dict[str, Any] = {"meta": meta, "rows": list(measure(children, args))}
         for row in result["rows"]:
             print(json.dumps(row))

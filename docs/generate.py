@@ -16,7 +16,13 @@ import measured
 import measured_parallel
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/measurements.md", "docs/all_reduce.md", "docs/vllm.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/measurements.md",
+    "docs/all_reduce.md",
+    "docs/vllm.md",
+    "docs/sglang.md",
+)
 MODEL = ".cache/gemma-3-270m"
 
 
@@ -52,7 +58,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "convert": measured.convert,
     "all_reduce": measured_parallel.all_reduce,
     "all_reduce_stress": measured_parallel.stress,
+    "all_reduce_protocols": measured_parallel.protocols,
     "vllm": measured_parallel.vllm,
+    "sglang": measured_parallel.sglang,
 }
 
 

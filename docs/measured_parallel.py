@@ -1,8 +1,9 @@
-"""Tables of docs/all_reduce.md and docs/vllm.md, from the committed results."""
+"""Tables of docs/all_reduce.md, docs/vllm.md and docs/sglang.md, from the committed results."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,13 @@ KINDS = {
     "all-reduce with what is fused into it": ("allreduce", "one_shot", "two_shot"),
     "matrix products": ("nvjet", "splitK", "gemm"),
     "attention and its cache": ("flash", "reshape_and_cache"),
+}
+#: What is told of a served run, by its name in the result.
+SERVED = {
+    "output_tokens_per_s": "tokens per second",
+    "per_token_ms": "ms per token",
+    "gap_p99_ms": "99th percentile between tokens, ms",
+    "first_token_ms": "ms to the first token",
 }
 REST = "norms, activations, rotary embedding and the rest"
 
@@ -99,6 +107,57 @@ def stress() -> str:
             f"{found['calls']:,} calls, {found['different']} results differ, {found['seconds']} s."
         )
     return "\n".join(lines)
+
+
+def protocols() -> str:
+    """One-shot and two-shot, in turn, for each row length."""
+    parts = []
+    for path in sorted(RESULTS.glob("all_reduce_protocols_*.json")):
+        data = json.loads(path.read_text())
+        meta, times = data["meta"], grouped(data["rows"])
+        widths = sorted({hidden for _, hidden, _ in times})
+        tokens = sorted({t for _, _, t in times})
+        header = ("tokens", *(f"H {hidden}: one-shot, two-shot" for hidden in widths))
+        op = data["rows"][0]["op"]
+        rows = [[t, *(_both(times[op, hidden, t]) for hidden in widths)] for t in tokens]
+        made = f"{meta['world']} x {meta['gpu']}, torch {meta['torch']}; {run_of(meta)}"
+        parts.append(f"{made}\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def _both(times: dict[str, float]) -> str:
+    """Microseconds of both protocols, the faster one bold."""
+    one, two = times["one-shot"], times["two-shot"]
+    return f"**{one:.2f}**, {two:.2f}" if one <= two else f"{one:.2f}, **{two:.2f}**"
+
+
+def sglang() -> str:
+    """SGLang's server as it comes, and with native mode."""
+    parts = []
+    for path in sorted(RESULTS.glob("sglang_*.json")):
+        data = json.loads(path.read_text())
+        meta, header = data["meta"], ("requests at once", "", "stock", "native", "native / stock")
+        parts.append(
+            f"{meta['world']} x {meta['gpu']}, {meta['model']} with random weights, "
+            f"{meta['input']}/{meta['output']} tokens in/out, torch {meta['torch']}, "
+            f"{peers_of(meta)}; {run_of(meta)}\n\n{table(header, _served(data['rows']))}"
+        )
+    return "\n\n".join(parts)
+
+
+def _served(rows: list[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
+    """Medians over the repeats."""
+    for concurrency in sorted({row["concurrency"] for row in rows}):
+        for metric, title in SERVED.items():
+            stock, ours = (
+                statistics.median(
+                    row[metric]
+                    for row in rows
+                    if (row["concurrency"], row["impl"]) == (concurrency, impl)
+                )
+                for impl in ("stock", OURS)
+            )
+            yield concurrency, title, f"{stock:.1f}", f"{ours:.1f}", f"{ours / stock:.3f}"
 
 
 def vllm() -> str:

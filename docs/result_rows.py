@@ -30,4 +30,5 @@ def peers_of(meta: dict[str, Any]) -> str:
 
 def run_of(meta: dict[str, Any]) -> str:
     """When a run was made, from what, and how."""
-    return f"{meta['date']}, commit `{meta['commit'][:12]}`, `{meta['command']}`."
+    note = f" {meta['note']}" if "note" in meta else ""
+    return f"{meta['date']}, commit `{meta['commit'][:12]}`, `{meta['command']}`.{note}"

@@ -26,10 +26,12 @@ class VllmSide:
 
 
 def import_vllm() -> None:
-    """Check that vLLM is there, and keep its log off the standard output."""
+    """Check that vLLM is there; its log stays off stdout, its processes start afresh."""
     check_environment()
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # A fork of this process, which has asked about GPUs, could not use any.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
 class _Engine:

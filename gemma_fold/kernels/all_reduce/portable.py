@@ -22,6 +22,24 @@ def _buffer(peers_ptr, rank: tl.constexpr, word: tl.constexpr):
 
 
 @triton.jit
+def _place(
+    peers_ptr,
+    owner: tl.constexpr,
+    sender: tl.constexpr,
+    slot,
+    row,
+    capacity,
+    PITCH: tl.constexpr,
+    WORLD: tl.constexpr,
+    word: tl.constexpr,
+):
+    """Where `sender` puts its `row` in the buffer of `owner`, which keeps no place for itself."""
+    place: tl.constexpr = sender if sender < owner else sender - 1
+    at = ((slot * (WORLD - 1) + place) * capacity + row) * PITCH
+    return _buffer(peers_ptr, owner, word) + at
+
+
+@triton.jit
 def _norm(x, gamma, eps, H: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
     """RMSNorm of one row ``x`` [BLOCK], rounded once to ``dtype``."""
     row = (x[None, :],)
@@ -65,12 +83,10 @@ def one_shot_kernel(
         x = tl.load(x_ptr + row * (x_step * UNIT) + cols, mask=live, other=0)
         x = tl.where(x == EMPTY, tl.full([BLOCK], other_nan, word), x)
         for k in tl.static_range(1, WORLD):
-            to: tl.constexpr = (RANK + k) % WORLD
-            place: tl.constexpr = RANK if to > RANK else RANK - 1
-            peer = _buffer(peers_ptr, to, word)
-            at = ((slot * (WORLD - 1) + place) * capacity + row) * PITCH
-            tl.store(peer + at + cols, x, mask=live)
-    mine = _buffer(peers_ptr, RANK, word)
+            to = _place(
+                peers_ptr, (RANK + k) % WORLD, RANK, slot, row, capacity, PITCH, WORLD, word
+            )
+            tl.store(to + cols, x, mask=live)
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         slot = tl.load(uses_ptr + row, volatile=True) & 1
         total = tl.zeros([BLOCK], tl.float32)
@@ -78,8 +94,7 @@ def one_shot_kernel(
             if r == RANK:
                 part = tl.load(x_ptr + row * (x_step * UNIT) + cols, mask=live, other=0)
             else:
-                place: tl.constexpr = r if r < RANK else r - 1
-                at = mine + ((slot * (WORLD - 1) + place) * capacity + row) * PITCH + cols
+                at = _place(peers_ptr, RANK, r, slot, row, capacity, PITCH, WORLD, word) + cols
                 part = tl.load(at, mask=live, other=0, volatile=True)
                 missing = tl.sum((part == EMPTY).to(tl.int32))
                 polls = most_polls

@@ -1,0 +1,72 @@
+"""Times the two protocols of the fused all-reduce where one overtakes the other.
+
+    torchrun --nproc-per-node 4 benchmarks/all_reduce_protocols.py --out NAME.json
+
+Needs three GPUs or more that reach each other's memory. What it finds is what
+`gemma_fold/kernels/all_reduce/tuning.py` says of when a sum takes which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+import torch.distributed as dist
+from all_reduce import Buffers, measure, ours, run_meta
+from run_meta import git_commit
+
+from gemma_fold import ops
+
+OPERATOR = "all_reduce_add_rms_norm"
+TOKENS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+HIDDEN = (2560, 5376, 8192)
+ROUNDS = 7
+FORCED = {"one-shot": 1 << 40, "two-shot": 0}  # bytes up to which one-shot is taken
+
+
+def rows_of(hidden: int) -> list[dict[str, Any]]:
+    """Microseconds of both protocols, forced, for rows of one length."""
+    spaces = {
+        name: ops.AllReduceWorkspace(hidden=hidden, max_tokens=max(TOKENS), one_shot_bytes=most)
+        for name, most in FORCED.items()
+    }
+    found = []
+    for tokens in TOKENS:
+        b = Buffers(tokens, hidden)
+        times = measure({name: ours(OPERATOR, b, s) for name, s in spaces.items()}, b, ROUNDS)
+        shape = {"op": OPERATOR, "tokens": tokens, "hidden": hidden, "world": dist.get_world_size()}
+        found += [
+            {**shape, "dtype": "bfloat16", "impl": name, "us": round(us, 3)}
+            for name, us in times.items()
+        ]
+    for space in spaces.values():
+        space.destroy()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", default=git_commit(), help="where .git does not travel along")
+    args = parser.parse_args()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    torch.manual_seed(dist.get_rank())
+    rows = [row for hidden in HIDDEN for row in rows_of(hidden)]
+    if dist.get_rank() == 0:
+        meta = run_meta("all_reduce_protocols", args.out, args.commit)
+        lines = ",\n".join(map(json.dumps, rows))
+        args.out.write_text(f'{{"meta": {json.dumps(meta, indent=1)},\n"rows": [\n{lines}\n]}}\n')
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Every Triton kernel, compiled for Hopper by Triton's own compiler: that needs no GPU.
+
+The interpreter, which runs the kernels elsewhere in these tests, takes programs that the compiler
+refuses. What the compiled kernels compute is the GPU tests' business.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from gemma_fold.kernels import launch  # noqa: E402
+from gemma_fold.kernels.all_reduce import portable  # noqa: E402
+from gemma_fold.kernels.rows import EARLY, LATE  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(launch.INTERPRETED, reason="the kernels are being interpreted"),
+]
+HOPPER = GPUTarget("cuda", 90, 32)
+FLOATS = {"q_gamma", "k_gamma", "gamma", "post_gamma", "pre_gamma", "scale", "partial"}
+INTEGERS = {"peers": "*i64", "uses": "*i32", "positions": "*i64"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def kind(name: str, element: str) -> str:
+    """The type of a kernel's argument, by its name."""
+    if not name.endswith("_ptr"):
+        fraction = name in ("eps", "post_eps", "pre_eps")
+        return "fp32" if fraction else "i64" if name.endswith("step") else "i32"
+    stem = name.removesuffix("_ptr")
+    return INTEGERS.get(stem) or ("*fp32" if stem in FLOATS else f"*{element}")
+
+
+def ptx(kernel: Any, warps: int, constants: dict[str, Any], **types: str) -> str:
+    """What ptxas is given for the kernel, after it has taken it."""
+    signature = {
+        name: "constexpr" if name in constants else types.get(name) or kind(name, "bf16")
+        for name in kernel.arg_names
+    }
+    positions = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    aligned = {
+        (at,): [["tt.divisibility", 16]]
+        for at, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(kernel, signature, positions, aligned)
+    options = {"num_warps": warps, "launch_pdl": True}
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    assert compiled.asm["cubin"]
+    return str(compiled.asm["ptx"])
+
+
+def row_constants(plan: launch.Plan) -> dict[str, Any]:
+    return {**plan.constants, "NVIDIA": True}
+
+
+@pytest.mark.parametrize("fp8", (None, "static", "per_token"))
+@pytest.mark.parametrize(("rows", "hidden"), ((1, 640), (600, 1152), (4096, 5376), (64, 641)))
+def test_row_kernels(
+    rows: int, hidden: int, fp8: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.empty(1, device="meta", dtype=torch.bfloat16).expand(rows, hidden)
+    x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    monkeypatch.setattr(launch, "_uses_pdl", lambda device: True)
+    plans = [
+        launch.plan_rms_norm(x, fp8),
+        launch.plan_add_rms_norm(x, x, fp8),
+        launch.plan_rms_norm_add_rms_norm(x, x, fp8),
+    ]
+    for plan in plans:
+        constants = row_constants(plan)
+        assert constants["PDL"] in (EARLY.value, LATE.value)
+        types = {"y_ptr": "*fp8e4nv"} if fp8 else {}
+        if fp8 is None:
+            constants["scale_ptr"] = None
+        text = ptx(plan.kernel, plan.options["num_warps"], constants, **types)
+        assert ".local" not in text
+        assert "ld.global.v4" in text
+
+
+@pytest.mark.parametrize("in_place", (False, True))
+@pytest.mark.parametrize("heads", ((32, 16, 128), (4, 1, 256), (3, 2, 96)))
+def test_head_kernels(
+    heads: tuple[int, int, int], in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q_heads, k_heads, size = heads
+    meta = torch.empty(7, q_heads + k_heads, size, device="meta", dtype=torch.bfloat16)
+    q, k = meta[:, :q_heads], meta[:, q_heads:]
+    monkeypatch.setattr(launch, "_uses_pdl", lambda device: True)
+    plan = launch.plan_qk_rms_norm(q, k, in_place)
+    assert "ld.global.v4" in ptx(plan.kernel, plan.options["num_warps"], plan.constants)
+    for dtype, element in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        for interleaved in (False, True):
+            cos_sin = torch.empty(64, size // 2, device="meta", dtype=dtype)
+            plan = launch.plan_qk_rms_norm_rope(q, k, cos_sin, interleaved, in_place)
+            types = {"cos_sin_ptr": f"*{element}"}
+            ptx(plan.kernel, plan.options["num_warps"], row_constants(plan), **types)
+
+
+def test_the_backward_kernel() -> None:
+    ptx(launch.rms_norm_backward_kernel, 4, {"UNIT": 8, "H": 1152, "BLOCK": 2048})
+
+
+@pytest.mark.parametrize("world", (2, 3, 4, 8))
+def test_the_all_reduce_kernel_of_every_rank(world: int) -> None:
+    for rank in {0, 1, world - 1}:
+        for missing in ((), ("post_gamma",), ("residual", "post_gamma", "pre_gamma", "total")):
+            constants: dict[str, Any] = {f"{name}_ptr": None for name in missing}
+            constants |= {"UNIT": 8, "PITCH": 1152, "WORLD": world, "RANK": rank}
+            constants |= {"H": 1152, "BLOCK": 2048, "PDL": EARLY.value}
+            text = ptx(portable.one_shot_kernel, 8, constants, x_ptr="*i16")
+            assert text.count("ld.volatile.global") >= world - 1
