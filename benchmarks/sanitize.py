@@ -77,6 +77,7 @@ def sanitize(tool: str, world: int) -> dict[str, object]:
         command = [*checker, sys.executable, __file__, "--run"]
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     else:
+        checker += ["--report-api-errors", "no"]  # NCCL asks for what a driver may not have
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
         each = [*checker, sys.executable, str(WORKER), "short"]
         command = [*launcher, f"--nproc-per-node={world}", *each]
@@ -85,10 +86,12 @@ def sanitize(tool: str, world: int) -> dict[str, object]:
     found = [json.loads(line) for line in lines if line.startswith('{"')]
     if run.returncode:
         print(run.stdout[-3000:], run.stderr[-3000:], file=sys.stderr)
+    said = [line.strip("= ") for line in lines if line.startswith("=========")]
     return {
         "tool": tool,
         "exit_code": run.returncode,
-        "summary": [line.strip("= ") for line in lines if "SUMMARY" in line],
+        "summary": [line for line in said if "SUMMARY" in line],
+        "said": said[:60] if run.returncode else [],
         "calls": found[0]["calls"] if found else 0,
     }
 

@@ -59,6 +59,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "all_reduce": measured_parallel.all_reduce,
     "all_reduce_stress": measured_parallel.stress,
     "all_reduce_protocols": measured_parallel.protocols,
+    "headline": measured_parallel.headline,
     "vllm": measured_parallel.vllm,
     "sglang": measured_parallel.sglang,
 }

@@ -167,6 +167,34 @@ def vllm() -> str:
     )
 
 
+def headline() -> str:
+    """How much less time an output token takes, by engine and model: one line for each run."""
+    lines = []
+    for path in sorted([*RESULTS.glob("vllm_h*.json"), *RESULTS.glob("sglang_h*.json")]):
+        data = json.loads(path.read_text())
+        meta = data["meta"]
+        times: dict[tuple[int, int], dict[str, list[float]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        for row in data["rows"]:
+            spent = row["tpot_ms"] if "tpot_ms" in row else row["per_token_ms"]
+            times[row["concurrency"], row.get("input", 0)][row["impl"]].append(spent)
+        saved = [
+            100 - 100 * statistics.median(found[OURS]) / statistics.median(found["stock"])
+            for found in times.values()
+        ]
+        first = data["rows"][0]
+        eager = f", eager, {first['layers']} layers" if first.get("eager") else ""
+        gpu = meta["gpu"].removeprefix("NVIDIA ").split()[0]
+        lines.append(
+            f"| {meta['bench']} {meta['peers'][meta['bench']]} | "
+            f"{first.get('model', meta.get('model'))}{eager} | "
+            f"{meta['world']} x {gpu} | {min(saved):.1f} to {max(saved):.1f} % |"
+        )
+    head = ("engine", "shape, random weights", "GPUs", "less time per output token than stock")
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
+
+
 def _vllm_run(name: str) -> Iterator[str]:
     data = json.loads((RESULTS / name).read_text())
     meta, rows = data["meta"], data["rows"]
