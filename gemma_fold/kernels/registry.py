@@ -49,6 +49,11 @@ def _own_scale(implementation: Callable[..., tuple[Tensor, ...]]) -> Callable[..
     return run
 
 
+def _in_place(check: Callable[..., None], operands: int) -> Callable[..., None]:
+    """The shape-only form of an operator that returns nothing: its checks."""
+    return lambda *args: check(*args[:operands])
+
+
 def _fake_rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
     dispatch.check_rms_norm(x, gamma)
     return _like(x)
@@ -75,30 +80,11 @@ def _fake_sandwich(
     return _like(x), _like(x)
 
 
-def _fake_add_in_place(x: Tensor, residual: Tensor, gamma: Tensor, eps: float) -> None:
-    dispatch.check_add(x, residual, gamma)
-
-
-def _fake_sandwich_in_place(
-    x: Tensor,
-    residual: Tensor,
-    post_gamma: Tensor,
-    pre_gamma: Tensor,
-    post_eps: float,
-    pre_eps: float,
-) -> None:
-    dispatch.check_sandwich(x, residual, post_gamma, pre_gamma)
-
-
 def _fake_qk(
     q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     dispatch.check_qk(q, k, q_gamma, k_gamma)
     return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-def _fake_qk_in_place(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: float) -> None:
-    dispatch.check_qk(q, k, q_gamma, k_gamma)
 
 
 def _fake_qk_rope(
@@ -113,19 +99,6 @@ def _fake_qk_rope(
 ) -> tuple[Tensor, Tensor]:
     dispatch.check_qk_rope(q, k, q_gamma, k_gamma, cos_sin, positions)
     return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-def _fake_qk_rope_in_place(
-    q: Tensor,
-    k: Tensor,
-    q_gamma: Tensor,
-    k_gamma: Tensor,
-    cos_sin: Tensor,
-    positions: Tensor | None,
-    eps: float,
-    interleaved: bool,
-) -> None:
-    dispatch.check_qk_rope(q, k, q_gamma, k_gamma, cos_sin, positions)
 
 
 def _fake_fp8(x: Tensor, gamma: Tensor, eps: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -227,11 +200,15 @@ _define(
     dispatch.rms_norm_add_rms_norm,
     _fake_sandwich,
 )
-_define(f"add_rms_norm_({_written(_ADD)}) -> ()", dispatch.add_rms_norm_, _fake_add_in_place)
+_define(
+    f"add_rms_norm_({_written(_ADD)}) -> ()",
+    dispatch.add_rms_norm_,
+    _in_place(dispatch.check_add, 3),
+)
 _define(
     f"rms_norm_add_rms_norm_({_written(_SANDWICH)}) -> ()",
     dispatch.rms_norm_add_rms_norm_,
-    _fake_sandwich_in_place,
+    _in_place(dispatch.check_sandwich, 4),
 )
 _define(
     "qk_rms_norm(Tensor q, Tensor k, Tensor q_gamma, Tensor k_gamma, float eps)"
@@ -242,7 +219,7 @@ _define(
 _define(
     "qk_rms_norm_(Tensor(a!) q, Tensor(b!) k, Tensor q_gamma, Tensor k_gamma, float eps) -> ()",
     dispatch.qk_rms_norm_,
-    _fake_qk_in_place,
+    _in_place(dispatch.check_qk, 4),
 )
 _define(
     f"qk_rms_norm_rope(Tensor q, Tensor k, {_ROPE}) -> (Tensor, Tensor)",
@@ -252,7 +229,7 @@ _define(
 _define(
     f"qk_rms_norm_rope_(Tensor(a!) q, Tensor(b!) k, {_ROPE}) -> ()",
     dispatch.qk_rms_norm_rope_,
-    _fake_qk_rope_in_place,
+    _in_place(dispatch.check_qk_rope, 6),
 )
 _define(
     f"rms_norm_fp8({_NORM}, Tensor? scale) -> (Tensor, Tensor)",
