@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import os
 import statistics
 import sys
@@ -41,7 +40,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.distributed._symmetric_memory as symmetric_memory  # noqa: E402
 import triton  # noqa: E402
 from graph_timing import capture  # noqa: E402
-from run_meta import git_commit  # noqa: E402
+from run_meta import git_commit, result_text  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gemma_fold import ops  # noqa: E402
@@ -276,7 +275,7 @@ def _with_ours(impl: str) -> bool:
     return impl.endswith(("+gemma_fold", "-portable"))
 
 
-def run_meta(bench: str, out: Path, commit: str) -> dict[str, Any]:
+def ranks_meta(bench: str, out: Path, commit: str) -> dict[str, Any]:
     """The `meta` of a result file of this or another benchmark of all ranks."""
     world = dist.get_world_size()
     return {
@@ -297,16 +296,10 @@ def run_meta(bench: str, out: Path, commit: str) -> dict[str, Any]:
 
 def write(path: Path, rows: list[dict[str, Any]], commit: str) -> None:
     """`rows`: ours and the peers. `with_ours`: our Triton kernel, and peers' sums + our norms."""
-    meta = run_meta("all_reduce", path, commit)
-    listed = {
-        "rows": [row for row in rows if not _with_ours(row["impl"])],
-        "with_ours": [row for row in rows if _with_ours(row["impl"])],
-    }
-    parts = [
-        f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in part) + "\n]"
-        for name, part in listed.items()
-    ]
-    path.write_text(f'{{"meta": {json.dumps(meta, indent=1)},\n' + ",\n".join(parts) + "}\n")
+    meta = ranks_meta("all_reduce", path, commit)
+    theirs = [row for row in rows if not _with_ours(row["impl"])]
+    with_ours = [row for row in rows if _with_ours(row["impl"])]
+    path.write_text(result_text(meta, rows=theirs, with_ours=with_ours))
 
 
 def summary(op: str, tokens: int, hidden: int, found: dict[str, float]) -> str:

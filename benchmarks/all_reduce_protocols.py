@@ -9,7 +9,6 @@ Needs three GPUs or more that reach each other's memory. What it finds is what
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -19,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import torch.distributed as dist
-from all_reduce import Buffers, measure, ours, run_meta
-from run_meta import git_commit
+from all_reduce import Buffers, measure, ours, ranks_meta
+from run_meta import git_commit, result_text
 
 from gemma_fold import ops
 
@@ -62,9 +61,8 @@ def main() -> None:
     torch.manual_seed(dist.get_rank())
     rows = [row for hidden in HIDDEN for row in rows_of(hidden)]
     if dist.get_rank() == 0:
-        meta = run_meta("all_reduce_protocols", args.out, args.commit)
-        lines = ",\n".join(map(json.dumps, rows))
-        args.out.write_text(f'{{"meta": {json.dumps(meta, indent=1)},\n"rows": [\n{lines}\n]}}\n')
+        meta = ranks_meta("all_reduce_protocols", args.out, args.commit)
+        args.out.write_text(result_text(meta, rows=rows))
     dist.destroy_process_group()
 
 

@@ -86,11 +86,6 @@ def installed(name: str) -> ModuleType | None:
         return None
 
 
-def peer_op(op: str) -> str:
-    """Whether ours works in place or not, its peers are the same: each as its interface has it."""
-    return op.removesuffix("_")
-
-
 def versions() -> dict[str, str]:
     """Installed versions of the peers and of what they compile with."""
     found = {}
@@ -157,7 +152,7 @@ def flashinfer_calls(fi: ModuleType, op: str, b: Buffers) -> Call | None:
         ),
         "rms_norm_add_rms_norm_fp8_static": sandwich_fp8,
     }
-    return table.get(peer_op(op))
+    return table.get(op)
 
 
 def flashinfer_backend(fi: ModuleType, cuda: bool, call: Call) -> Call:
@@ -188,7 +183,7 @@ def quack_calls(quack: ModuleType, op: str, b: Buffers) -> Call | None:
         "add_rms_norm": add,
         "rms_norm_add_rms_norm": sandwich,
     }
-    return table.get(peer_op(op))
+    return table.get(op)
 
 
 def liger_calls(liger: ModuleType, op: str, b: Buffers) -> Call | None:
@@ -207,7 +202,7 @@ def liger_calls(liger: ModuleType, op: str, b: Buffers) -> Call | None:
         "add_rms_norm": add,
         "rms_norm_add_rms_norm": lambda i: add(i, norm(i)),
     }
-    return table.get(peer_op(op))
+    return table.get(op)
 
 
 def compiled_calls(op: str, b: Buffers) -> Call | None:
@@ -226,7 +221,7 @@ def compiled_calls(op: str, b: Buffers) -> Call | None:
         "add_rms_norm": add,
         "rms_norm_add_rms_norm": lambda x, residual: add(norm(x), residual),
     }
-    if peer_op(op) not in forwards:
+    if op not in forwards:
         return None
-    forward = torch.compile(forwards[peer_op(op)], dynamic=True)
+    forward = torch.compile(forwards[op], dynamic=True)
     return lambda i: forward(b.x[i], b.residual[i])

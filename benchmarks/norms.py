@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import multiprocessing as mp
 import platform
 import statistics
@@ -33,7 +32,7 @@ import qk_peers as qk  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from graph_timing import capture, time_interleaved  # noqa: E402
-from run_meta import git_commit  # noqa: E402
+from run_meta import git_commit, result_text  # noqa: E402
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 HIDDEN = (640, 1152, 2560, 3840, 4096, 5376, 8192)
@@ -71,6 +70,7 @@ def rotation(op: str, tokens: int, hidden: int) -> tuple[int, int]:
 def row_calls(op: str, b: peers.Buffers, modules: dict[str, Any]) -> dict[str, peers.Call]:
     """Every implementation of a row operator that exists here."""
     found: dict[str, peers.Call | None] = {"gemma_fold": peers.ours(op, b)}
+    op = op.removesuffix("_")  # the peers are the same, each as its interface has it
     two = "+" if op.startswith("rms_norm_add") else ""
     twice = lambda name: f"{name}+{name}" if two else name  # noqa: E731
     if (fi := modules.get("flashinfer")) and (call := peers.flashinfer_calls(fi, op, b)):
@@ -278,8 +278,7 @@ def main() -> int:
         "command": command(args),
     }
     rows.sort(key=lambda r: (r["op"], r["hidden"], r["tokens"], r["impl"]))
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    args.out.write_text(f'{{"meta": {json.dumps(meta, indent=1)},\n"rows": [\n{lines}\n]}}\n')
+    args.out.write_text(result_text(meta, rows=rows))
     print(f"{len(rows)} rows in {args.out}")
     return 1 if failures else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def git_commit() -> str:
     """The commit that is checked out, or "unknown"."""
     return _output("git", "rev-parse", "HEAD") or "unknown"
+
+
+def result_text(meta: dict[str, Any], **lists: list[dict[str, Any]]) -> str:
+    """A result file: JSON, one line for each row of each list."""
+    parts = [
+        f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in lists.items()
+    ]
+    return f'{{"meta": {json.dumps(meta, indent=1)},\n' + ",\n".join(parts) + "}\n"
 
 
 def engine_meta(engine: str, world: int) -> dict[str, Any]:

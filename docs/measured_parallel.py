@@ -31,6 +31,12 @@ SERVED = {
 REST = "norms, activations, rotary embedding and the rest"
 
 
+def _results(pattern: str) -> Iterator[dict[str, Any]]:
+    """The committed results of such names, in their order."""
+    for path in sorted(RESULTS.glob(pattern)):
+        yield json.loads(path.read_text())
+
+
 def all_reduce() -> str:
     """Every committed run: a summary, then microseconds of ours and of the best peer."""
     return "\n\n".join(
@@ -100,8 +106,7 @@ def _summary(times: Times) -> Iterator[tuple[str, ...]]:
 def stress() -> str:
     """What the long runs found."""
     lines = []
-    for path in sorted(RESULTS.glob("all_reduce_stress_*.json")):
-        found = json.loads(path.read_text())
+    for found in _results("all_reduce_stress_*.json"):
         lines.append(
             f"{found['world']} x {found['gpu']}, commit `{found['commit'][:12]}`: "
             f"{found['calls']:,} calls, {found['different']} results differ, {found['seconds']} s."
@@ -112,8 +117,7 @@ def stress() -> str:
 def protocols() -> str:
     """One-shot and two-shot, in turn, for each row length."""
     parts = []
-    for path in sorted(RESULTS.glob("all_reduce_protocols_*.json")):
-        data = json.loads(path.read_text())
+    for data in _results("all_reduce_protocols_*.json"):
         meta, times = data["meta"], grouped(data["rows"])
         widths = sorted({hidden for _, hidden, _ in times})
         tokens = sorted({t for _, _, t in times})
@@ -134,8 +138,7 @@ def _both(times: dict[str, float]) -> str:
 def sglang() -> str:
     """SGLang's server as it comes, and with native mode."""
     parts = []
-    for path in sorted(RESULTS.glob("sglang_*.json")):
-        data = json.loads(path.read_text())
+    for data in _results("sglang_*.json"):
         meta, header = data["meta"], ("requests at once", "", "stock", "native", "native / stock")
         parts.append(
             f"{meta['world']} x {meta['gpu']}, {meta['model']} with random weights, "
@@ -162,16 +165,13 @@ def _served(rows: list[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
 
 def vllm() -> str:
     """Time per output token, stock against native mode."""
-    return "\n\n".join(
-        part for path in sorted(RESULTS.glob("vllm_*.json")) for part in _vllm_run(path.name)
-    )
+    return "\n\n".join(part for data in _results("vllm_*.json") for part in _vllm_run(data))
 
 
 def headline() -> str:
     """How much less time an output token takes, by engine and model: one line for each run."""
-    lines = []
-    for path in sorted([*RESULTS.glob("vllm_h*.json"), *RESULTS.glob("sglang_h*.json")]):
-        data = json.loads(path.read_text())
+    rows = []
+    for data in (*_results("sglang_h*.json"), *_results("vllm_h*.json")):
         meta = data["meta"]
         times: dict[tuple[int, int], dict[str, list[float]]] = defaultdict(
             lambda: defaultdict(list)
@@ -186,17 +186,19 @@ def headline() -> str:
         first = data["rows"][0]
         eager = f", eager, {first['layers']} layers" if first.get("eager") else ""
         gpu = meta["gpu"].removeprefix("NVIDIA ").split()[0]
-        lines.append(
-            f"| {meta['bench']} {meta['peers'][meta['bench']]} | "
-            f"{first.get('model', meta.get('model'))}{eager} | "
-            f"{meta['world']} x {gpu} | {min(saved):.1f} to {max(saved):.1f} % |"
+        rows.append(
+            (
+                f"{meta['bench']} {meta['peers'][meta['bench']]}",
+                f"{first.get('model', meta.get('model'))}{eager}",
+                f"{meta['world']} x {gpu}",
+                f"{min(saved):.1f} to {max(saved):.1f} %",
+            )
         )
-    head = ("engine", "shape, random weights", "GPUs", "less time per output token than stock")
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
+    header = ("engine", "shape, random weights", "GPUs", "less time per output token than stock")
+    return table(header, rows)
 
 
-def _vllm_run(name: str) -> Iterator[str]:
-    data = json.loads((RESULTS / name).read_text())
+def _vllm_run(data: dict[str, Any]) -> Iterator[str]:
     meta, rows = data["meta"], data["rows"]
     yield (
         f"{meta['gpu']}, tensor parallel {rows[0]['tp']}, torch {meta['torch']}, "
