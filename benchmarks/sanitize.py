@@ -110,7 +110,6 @@ def main() -> int:
     import triton
 
     bench, tools = ("all_reduce", PEER_TOOLS) if args.world > 1 else ("norms", TOOLS)
-    results = [sanitize(tool, args.world) for tool in tools]
     meta = {
         "bench": f"{bench}_sanitizer",
         "world": args.world,
@@ -121,8 +120,11 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "benchmarks/sanitize.py", *sys.argv[1:]]),
     }
-    args.out.write_text(json.dumps({"meta": meta, "runs": results}, indent=1) + "\n")
-    print(json.dumps(results))
+    results = []
+    for tool in tools:
+        results.append(sanitize(tool, args.world))
+        print(json.dumps(results[-1]), flush=True)
+        args.out.write_text(json.dumps({"meta": meta, "runs": results}, indent=1) + "\n")
     return 0 if all(result["exit_code"] == 0 for result in results) else 1
 
 
