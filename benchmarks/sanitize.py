@@ -77,7 +77,7 @@ def sanitize(tool: str, world: int) -> dict[str, object]:
         command = [*checker, sys.executable, __file__, "--run"]
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     else:
-        checker += ["--report-api-errors", "no"]  # NCCL asks for what a driver may not have
+        checker += ["--report-api-errors", "no"]  # torch asks for what a driver may not have
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
         each = [*checker, sys.executable, str(WORKER), "short"]
         command = [*launcher, f"--nproc-per-node={world}", *each]

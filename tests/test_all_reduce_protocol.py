@@ -15,6 +15,7 @@ import pytest
 
 Place = tuple[str, int, int, int]  # region, slot, source, row
 Message = tuple[int, str, int]  # call, what, source
+AHEAD = 2  # as in the kernel
 
 
 class Overwritten(Exception):
@@ -67,30 +68,40 @@ def one_shot(ranks: list[Rank], me: Rank, call: int, rows: list[int]) -> Iterato
         me.count("one", row)
 
 
-def two_shot(ranks: list[Rank], me: Rank, call: int, rows: list[int]) -> Iterator[None]:
-    world = me.world
-    owned = [row for row in rows if row % world == me.number]
-    for row in rows:
-        if row % world != me.number:
-            slot = me.slot("two", row)
-            send(ranks[row % world], ("part", slot, me.number, row), (call, "part", me.number))
-            yield
-    for row in owned:
+def send_part(ranks: list[Rank], me: Rank, call: int, row: int) -> Iterator[None]:
+    owner = row % me.world
+    if owner != me.number:
         slot = me.slot("two", row)
-        for other in ranks:
-            if other is not me:
-                yield from receive(me, ("part", slot, other.number, row), call, "part")
-        for other in ranks:
-            if other is not me:
-                send(other, ("sum", slot, me.number, row), (call, "sum", me.number))
-                yield
-        me.count("two", row)
-    for row in rows:
-        if row % world != me.number:
-            slot = me.slot("two", row)
-            yield from receive(me, ("sum", slot, row % world, row), call, "sum")
+        send(ranks[owner], ("part", slot, me.number, row), (call, "part", me.number))
+        yield
+
+
+def add_up(ranks: list[Rank], me: Rank, call: int, row: int) -> Iterator[None]:
+    slot = me.slot("two", row)
+    others = [rank for rank in ranks if rank is not me]
+    for other in others:
+        yield from receive(me, ("part", slot, other.number, row), call, "part")
+    for other in others:
+        send(other, ("sum", slot, me.number, row), (call, "sum", me.number))
+        yield
+    me.count("two", row)
+
+
+def two_shot(ranks: list[Rank], me: Rank, call: int, rows: list[int]) -> Iterator[None]:
+    """Each turn: send two rows ahead, add up this row or, a turn late, take another's sum."""
+    for row in rows[:AHEAD]:
+        yield from send_part(ranks, me, call, row)
+    for turn in range(len(rows) + 1):
+        if turn + AHEAD < len(rows):
+            yield from send_part(ranks, me, call, rows[turn + AHEAD])
+        if turn < len(rows) and rows[turn] % me.world == me.number:
+            yield from add_up(ranks, me, call, rows[turn])
+        last = rows[turn - 1] if turn else me.number
+        if last % me.world != me.number:
+            slot = me.slot("two", last)
+            yield from receive(me, ("sum", slot, last % me.world, last), call, "sum")
             yield
-            me.count("two", row)
+            me.count("two", last)
 
 
 def kernel(ranks: list[Rank], me: Rank, call: int, tokens: int, both: bool) -> Iterator[None]:
@@ -99,10 +110,8 @@ def kernel(ranks: list[Rank], me: Rank, call: int, tokens: int, both: bool) -> I
     chance = random.Random(me.number * 1_000_003 + call)
     # Which block a row belongs to differs between ranks: their GPUs may differ.
     blocks = chance.randint(1, 4)
-    group = me.world if both else 1
     running = [
-        protocol(ranks, me, call, [row for row in range(tokens) if row // group % blocks == block])
-        for block in range(blocks)
+        protocol(ranks, me, call, list(range(block, tokens, blocks))) for block in range(blocks)
     ]
     while running:
         block = chance.choice(running)

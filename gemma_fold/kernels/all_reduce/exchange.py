@@ -174,8 +174,7 @@ class PeerExchange:
         rows, hidden = x.shape
         itemsize = x.element_size()
         two_shot = rows > size.one_shot_rows
-        work = -(-rows // size.world) if two_shot else rows
-        many = work > self._sms
+        many = rows > self._sms
         kernel = self._kernel(operator, hidden, x.dtype, fp8, two_shot, many)
         offset = size.one_shot_bytes if two_shot else 0
         for rank, address in enumerate(self._handle.buffer_ptrs):
@@ -193,7 +192,9 @@ class PeerExchange:
         a.rows = rows
         a.capacity = size.two_shot_rows if two_shot else size.one_shot_rows
         a.post_eps, a.pre_eps = eps
-        blocks = min(work, kernel.most_blocks)
+        blocks = min(rows, kernel.most_blocks)
+        if blocks < rows:
+            blocks -= 1 - blocks % 2  # no multiple of the ranks: a block's rows have all owners
         index = self.device.index
         with torch.cuda.device(index):
             kernel.launch(blocks, ctypes.addressof(self._pointers), _current_stream(index))

@@ -26,6 +26,9 @@ constexpr int ELEMENTS = DTYPE == 2 ? 4 : 8;  // in 16 bytes
 constexpr int VECTORS = H / ELEMENTS;     // in a row
 constexpr int WARPS = THREADS / 32;
 constexpr int PEERS = WORLD - 1;
+#ifndef AHEAD
+#define AHEAD 2
+#endif
 constexpr u32 POLLS_BETWEEN_CLOCKS = 256;
 constexpr u32 NAP = 64;                   // nanoseconds at most; polls compete with data for the L2
 
@@ -432,77 +435,78 @@ DEVICE u64 sum_row(const Args& a, u32 slot, int row) {
   return a.pitch * (u64(2 * PEERS) * owned_rows(a) + u64(slot) * a.capacity + row);
 }
 
+DEVICE void send_partial(const Args& a, int row) {
+  const int owner = row % WORLD;
+  if (row >= a.rows || owner == a.rank) return;
+  const u32 slot = slot_of(a, row);
+  const u64 to = a.buffers[owner] + partial_row(a, slot, place_of(a.rank, owner), row);
+#pragma unroll
+  for (int v = 0; v < VECS; v++)
+    if (owns(v)) send(to + vector_offset(v), sendable(load_vector(a.x + row * a.x_stride, v)));
+}
+
+template <int OP>
+DEVICE void load_residual(const Args& a, int row, uint4 (&residual)[VECS]) {
+#pragma unroll
+  for (int v = 0; v < VECS; v++) {
+    residual[v] = make_uint4(0, 0, 0, 0);
+    if (OP != SUM && owns(v)) residual[v] = load_vector(a.residual + row * a.residual_stride, v);
+  }
+}
+
+// Block b has the rows b, b + gridDim.x, ... on every rank. Each turn, it sends its part of a row
+// AHEAD turns on, adds up this turn's row if that is its to add up, and finishes the last turn's if
+// that was another rank's: its sum has had a turn to arrive.
 template <int OP> DEVICE void two_shot(const Args& a) {
   __shared__ float scratch[2][32];
   int turn = 0;
   wait_for_previous_kernel();
-  // Rows in groups of WORLD, one for each rank; in a group, the next rank's first: the ranks then
-  // send to different peers at any time.
-  const int groups = (a.rows + WORLD - 1) / WORLD;
-  for (int group = blockIdx.x; group < groups; group += gridDim.x) {
-#pragma unroll
-    for (int k = 1; k < WORLD; k++) {
-      const int to = neighbour(a.rank, k);
-      const int row = group * WORLD + to;
-      if (row >= a.rows) continue;
-      const u32 slot = slot_of(a, row);
-#pragma unroll
-      for (int v = 0; v < VECS; v++)
-        if (owns(v))
-          send(a.buffers[to] + partial_row(a, slot, place_of(a.rank, to), row) + vector_offset(v),
-               sendable(load_vector(a.x + row * a.x_stride, v)));
-    }
-  }
+  const int step = gridDim.x;
+#pragma unroll 1
+  for (int k = 0; k < AHEAD; k++) send_partial(a, blockIdx.x + k * step);
   Gammas gammas;
   if (!LATE_GAMMA && OP == NORM_ADD_NORM) load_gamma(gammas.post, a.post_gamma);
   if (!LATE_GAMMA && OP != SUM) load_gamma(gammas.pre, a.pre_gamma);
-  for (int group = blockIdx.x; group < groups; group += gridDim.x) {
-    const int row = group * WORLD + a.rank;
-    if (row >= a.rows) continue;
-    const u32 slot = slot_of(a, row);
-    uint4 residual[VECS], others[VECS][PEERS], own[VECS];
-#pragma unroll
-    for (int v = 0; v < VECS; v++) {
-      own[v] = residual[v] = make_uint4(0, 0, 0, 0);
-      if (owns(v)) own[v] = load_vector(a.x + row * a.x_stride, v);
-      if (OP != SUM && owns(v)) residual[v] = load_vector(a.residual + row * a.residual_stride, v);
-    }
-    receive<PEERS>(a, a.buffers[a.rank] + partial_row(a, slot, 0, row), a.pitch * owned_rows(a), -1, others);
-    float sum[VECS][ELEMENTS];
-#pragma unroll
-    for (int v = 0; v < VECS; v++) {
-      sum_ranks(a.rank, own[v], others[v], sum[v]);
-      const uint4 rounded = sendable(pack(sum[v]));
-#pragma unroll
-      for (int k = 1; k < WORLD; k++) {
-        const int to = neighbour(a.rank, k);
-        if (owns(v)) send(a.buffers[to] + sum_row(a, slot, row) + vector_offset(v), rounded);
-      }
-    }
-    if (OP == SUM) __syncthreads();
-    finish<OP>(a, row, sum, residual, gammas, scratch, turn);
-    count_use(a, row, slot);
-  }
-  for (int group = blockIdx.x; group < groups; group += gridDim.x) {
 #pragma unroll 1
-    for (int k = 1; k < WORLD; k++) {
-      const int owner = neighbour(a.rank, k);
-      const int row = group * WORLD + owner;
-      if (row >= a.rows) continue;
+  for (int row = blockIdx.x; row < a.rows + step; row += step) {
+    send_partial(a, row + AHEAD * step);
+    if (row < a.rows && row % WORLD == a.rank) {
       const u32 slot = slot_of(a, row);
-      uint4 residual[VECS], got[VECS][1];
+      uint4 residual[VECS], others[VECS][PEERS], own[VECS];
+      load_residual<OP>(a, row, residual);
 #pragma unroll
       for (int v = 0; v < VECS; v++) {
-        residual[v] = make_uint4(0, 0, 0, 0);
-        if (OP != SUM && owns(v)) residual[v] = load_vector(a.residual + row * a.residual_stride, v);
+        own[v] = make_uint4(0, 0, 0, 0);
+        if (owns(v)) own[v] = load_vector(a.x + row * a.x_stride, v);
       }
-      receive<1>(a, a.buffers[a.rank] + sum_row(a, slot, row), 0, owner, got);
+      receive<PEERS>(a, a.buffers[a.rank] + partial_row(a, slot, 0, row), a.pitch * owned_rows(a), -1, others);
+      float sum[VECS][ELEMENTS];
+#pragma unroll
+      for (int v = 0; v < VECS; v++) {
+        sum_ranks(a.rank, own[v], others[v], sum[v]);
+        const uint4 rounded = sendable(pack(sum[v]));
+#pragma unroll
+        for (int k = 1; k < WORLD; k++) {
+          const int to = neighbour(a.rank, k);
+          if (owns(v)) send(a.buffers[to] + sum_row(a, slot, row) + vector_offset(v), rounded);
+        }
+      }
+      if (OP == SUM) __syncthreads();
+      finish<OP>(a, row, sum, residual, gammas, scratch, turn);
+      count_use(a, row, slot);
+    }
+    const int last = row - step;
+    if (last >= 0 && last % WORLD != a.rank) {
+      const u32 slot = slot_of(a, last);
+      uint4 residual[VECS], got[VECS][1];
+      load_residual<OP>(a, last, residual);
+      receive<1>(a, a.buffers[a.rank] + sum_row(a, slot, last), 0, last % WORLD, got);
       float sum[VECS][ELEMENTS];
 #pragma unroll
       for (int v = 0; v < VECS; v++) unpack(got[v][0], sum[v]);
       if (OP == SUM) __syncthreads();
-      finish<OP>(a, row, sum, residual, gammas, scratch, turn);
-      count_use(a, row, slot);
+      finish<OP>(a, last, sum, residual, gammas, scratch, turn);
+      count_use(a, last, slot);
     }
   }
 }
