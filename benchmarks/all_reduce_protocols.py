@@ -18,14 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import torch.distributed as dist
-from all_reduce import Buffers, measure, ours, ranks_meta
+from all_reduce import HIDDEN, OPERATORS, Buffers, measure, ours, ranks_meta
 from run_meta import git_commit, result_text
 
 from gemma_fold import ops
 
-OPERATOR = "all_reduce_add_rms_norm"
-TOKENS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-HIDDEN = (2560, 5376, 8192)
+TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192)
 ROUNDS = 7
 FORCED = {"one-shot": 1 << 40, "two-shot": 0}  # bytes up to which one-shot is taken
 
@@ -39,12 +37,13 @@ def rows_of(hidden: int) -> list[dict[str, Any]]:
     found = []
     for tokens in TOKENS:
         b = Buffers(tokens, hidden)
-        times = measure({name: ours(OPERATOR, b, s) for name, s in spaces.items()}, b, ROUNDS)
-        shape = {"op": OPERATOR, "tokens": tokens, "hidden": hidden, "world": dist.get_world_size()}
-        found += [
-            {**shape, "dtype": "bfloat16", "impl": name, "us": round(us, 3)}
-            for name, us in times.items()
-        ]
+        for op in OPERATORS:
+            times = measure({name: ours(op, b, s) for name, s in spaces.items()}, b, ROUNDS)
+            shape = {"op": op, "tokens": tokens, "hidden": hidden, "world": dist.get_world_size()}
+            found += [
+                {**shape, "dtype": "bfloat16", "impl": name, "us": round(us, 3)}
+                for name, us in times.items()
+            ]
     for space in spaces.values():
         space.destroy()
     return found

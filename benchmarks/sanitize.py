@@ -118,7 +118,10 @@ def main() -> int:
         "triton": triton.__version__,
         "commit": args.commit,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/sanitize.py", *sys.argv[1:]]),
+        "command": (
+            f"python benchmarks/sanitize.py {f'--world {args.world} ' if args.world > 1 else ''}"
+            f"--out benchmarks/results/{args.out.name}"
+        ),
     }
     results = []
     for tool in tools:

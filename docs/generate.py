@@ -59,6 +59,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "all_reduce": measured_parallel.all_reduce,
     "all_reduce_stress": measured_parallel.stress,
     "all_reduce_protocols": measured_parallel.protocols,
+    "all_reduce_two_shot": measured_parallel.two_shot,
+    "all_reduce_sanitizer": measured_parallel.sanitizer,
     "headline": measured_parallel.headline,
     "vllm": measured_parallel.vllm,
     "sglang": measured_parallel.sglang,

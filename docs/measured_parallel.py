@@ -114,6 +114,37 @@ def stress() -> str:
     return "\n".join(lines)
 
 
+def two_shot() -> str:
+    """Ours alone, with the first version of two-shot and with the present one."""
+    first, now = (
+        json.loads((RESULTS / f"all_reduce_{name}h100x4.json").read_text())
+        for name in ("first_two_shot_", "")
+    )
+    before, after = grouped(first["rows"]), grouped(now["rows"])
+    tokens = sorted({t for _, _, t in before if t >= 64})
+    header = ("", "H", *(f"{t} tokens: first, now" for t in tokens))
+    rows = [
+        (title, hidden, *(f"{before[at][OURS]:.1f}, {after[at][OURS]:.1f}" for at in places))
+        for op, title in OPERATORS.items()
+        for hidden in sorted({hidden for _, hidden, _ in before})
+        for places in ([(op, hidden, t) for t in tokens],)
+    ]
+    return f"The first: {run_of(first['meta'])}\n\n{table(header, rows)}"
+
+
+def sanitizer() -> str:
+    """What compute-sanitizer found in the kernels of all ranks."""
+    lines = []
+    for data in _results("all_reduce_sanitizer_*.json"):
+        meta = data["meta"]
+        lines.append(f"{meta['world']} x {meta['gpu']}, torch {meta['torch']}; {run_of(meta)}\n")
+        lines += [
+            f"* {run['tool']}, {run['calls']} calls on each rank: {sorted(set(run['summary']))[0]}"
+            for run in data["runs"]
+        ]
+    return "\n".join(lines)
+
+
 def protocols() -> str:
     """One-shot and two-shot, in turn, for each row length."""
     parts = []
@@ -122,10 +153,10 @@ def protocols() -> str:
         widths = sorted({hidden for _, hidden, _ in times})
         tokens = sorted({t for _, _, t in times})
         header = ("tokens", *(f"H {hidden}: one-shot, two-shot" for hidden in widths))
-        op = data["rows"][0]["op"]
-        rows = [[t, *(_both(times[op, hidden, t]) for hidden in widths)] for t in tokens]
-        made = f"{meta['world']} x {meta['gpu']}, torch {meta['torch']}; {run_of(meta)}"
-        parts.append(f"{made}\n\n{table(header, rows)}")
+        parts.append(f"{meta['world']} x {meta['gpu']}, torch {meta['torch']}; {run_of(meta)}")
+        for op, title in OPERATORS.items():
+            rows = [[t, *(_both(times[op, hidden, t]) for hidden in widths)] for t in tokens]
+            parts.append(f"{title}:\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
 
@@ -184,12 +215,13 @@ def headline() -> str:
             for found in times.values()
         ]
         first = data["rows"][0]
-        eager = f", eager, {first['layers']} layers" if first.get("eager") else ""
+        mode = ", eager" if first.get("eager") else ""
+        mode += f", {first['layers']} layers" if first.get("layers") else ""
         gpu = meta["gpu"].removeprefix("NVIDIA ").split()[0]
         rows.append(
             (
                 f"{meta['bench']} {meta['peers'][meta['bench']]}",
-                f"{first.get('model', meta.get('model'))}{eager}",
+                f"{first.get('model', meta.get('model'))}{mode}",
                 f"{meta['world']} x {gpu}",
                 f"{min(saved):.1f} to {max(saved):.1f} %",
             )

@@ -123,9 +123,9 @@ def test_an_error_inside_the_block_frees_the_name() -> None:
 def test_the_memory_stays_bounded(world: int) -> None:
     """However many tokens are asked for: a kernel takes so many bytes, and two slots of them."""
     size = capacity(world, 1 << 20, 8192 * 2, tuning.ONE_SHOT_BYTES[world])
-    rows = max(size.one_shot_rows, size.two_shot_rows)
-    assert rows * size.pitch <= tuning.KERNEL_BYTES
-    assert size.bytes <= 2 * (2 + world) * tuning.KERNEL_BYTES
+    assert size.one_shot_rows * size.pitch <= tuning.ONE_SHOT_KERNEL_BYTES
+    assert size.two_shot_rows * size.pitch <= tuning.TWO_SHOT_KERNEL_BYTES
+    assert size.bytes <= 4 * (tuning.ONE_SHOT_KERNEL_BYTES + tuning.TWO_SHOT_KERNEL_BYTES)
 
 
 def test_every_row_is_covered_by_its_threads() -> None:

@@ -46,9 +46,10 @@ class Capacity:
 
 def capacity(world: int, max_tokens: int, pitch: int, one_shot_bytes: int) -> Capacity:
     """How a workspace for ``max_tokens`` rows of ``pitch`` bytes is laid out."""
-    rows = min(max_tokens, max(1, tuning.KERNEL_BYTES // pitch))
-    one_shot = min(rows, max(1, one_shot_bytes // pitch))
-    return Capacity(one_shot, rows if one_shot < rows else 0, pitch, world)
+    in_one = min(max_tokens, max(1, tuning.ONE_SHOT_KERNEL_BYTES // pitch))
+    in_two = min(max_tokens, max(1, tuning.TWO_SHOT_KERNEL_BYTES // pitch))
+    one_shot = min(in_one, max(1, one_shot_bytes // pitch))
+    return Capacity(one_shot, in_two if one_shot < in_one else 0, pitch, world)
 
 
 class PeerExchange:

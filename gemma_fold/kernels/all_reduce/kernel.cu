@@ -26,9 +26,7 @@ constexpr int ELEMENTS = DTYPE == 2 ? 4 : 8;  // in 16 bytes
 constexpr int VECTORS = H / ELEMENTS;     // in a row
 constexpr int WARPS = THREADS / 32;
 constexpr int PEERS = WORLD - 1;
-#ifndef AHEAD
-#define AHEAD 2
-#endif
+constexpr int AHEAD = 4;                  // turns, see `two_shot`
 constexpr u32 POLLS_BETWEEN_CLOCKS = 256;
 constexpr u32 NAP = 64;                   // nanoseconds at most; polls compete with data for the L2
 

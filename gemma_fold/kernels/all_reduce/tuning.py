@@ -15,23 +15,25 @@ _MOST_THREADS = 1024
 # Bytes of one rank's rows up to which every rank sends them to every other (one-shot); beyond,
 # each row is summed by one rank and the sum is sent on (two-shot). With two ranks both move the
 # same bytes, and one-shot needs one hop less. That of four is measured
-# (benchmarks/all_reduce_protocols.py); the others are predicted from the bytes that each protocol
-# moves over a link of 400 GB/s and a hop of 2 microseconds, which gave 512 KiB for four.
+# (benchmarks/all_reduce_protocols.py): there the bytes that two-shot saves take as long as its
+# second hop, 0.55 microseconds at 400 GB/s. The others are predicted from the same two figures.
 _KIB = 1024
 ONE_SHOT_BYTES = {
     2: 1 << 62,
-    3: 1024 * _KIB,
-    4: 768 * _KIB,
-    5: 256 * _KIB,
-    6: 256 * _KIB,
-    7: 192 * _KIB,
-    8: 160 * _KIB,
+    3: 320 * _KIB,
+    4: 128 * _KIB,
+    5: 90 * _KIB,
+    6: 64 * _KIB,
+    7: 50 * _KIB,
+    8: 41 * _KIB,
 }
 
-
-# Bytes of one rank's rows in one kernel; more rows run as several. What is in flight then stays in
-# the L2, and the buffers stay small: on H100s 2048 rows of 5376 take a sixth less time this way.
-KERNEL_BYTES = 512 * 5376 * 2
+# Bytes of one rank's rows in one kernel; more rows run as several. One-shot sends all of them
+# before it waits for any, so what is in flight should stay in the L2: on two H100s 2048 rows of
+# 5376 take a sixth less time this way. Two-shot sends a few rows ahead, and more kernels only cost
+# their beginnings and ends; there the limit keeps the buffers small.
+ONE_SHOT_KERNEL_BYTES = 512 * 5376 * 2
+TWO_SHOT_KERNEL_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,8 @@ class AllReduceWorkspace:
         group: a torch.distributed process group; None is the default group, or, where
             torch.distributed is not initialised, this process alone.
         hidden: elements of the longest row.
-        max_tokens: rows expected at most in one call. Calls of many rows run as several kernels
-            (`tuning.KERNEL_BYTES`), with the same bits, and so do calls of more rows than this.
+        max_tokens: rows expected at most in one call. Calls of more rows, or of more than
+            `tuning.TWO_SHOT_KERNEL_BYTES`, run as several kernels, with the same bits.
         dtype: of the activations.
         device: of the activations; the current CUDA device, or the CPU where there is none.
         name: what a traced graph calls the workspace; unique among the living ones.
