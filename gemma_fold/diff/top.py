@@ -33,6 +33,7 @@ _SMALLEST = 1e-9  # probability of "any other token": what rounding leaves of it
 
 Text = str | tuple[int, ...]
 Positions = list[Position]
+Decoded = tuple[list[Positions], list[Positions]]  # of the same tokens: one by one, all at once
 Party = Side | Endpoint | vllm.VllmSide
 
 
@@ -56,6 +57,9 @@ class Source(Protocol):
     def read_together(self, texts: Sequence[Text]) -> list[Positions]:
         """The same for many texts, all at once where the engine can."""
 
+    def read_decoded(self, texts: Sequence[Text]) -> Decoded | None:
+        """Its continuations of the texts, as served and as read; None where it has none."""
+
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
         """Tokens and text of the most likely continuation."""
 
@@ -71,6 +75,9 @@ class _Server:
     def read_together(self, texts: Sequence[Text]) -> list[Positions]:
         with ThreadPoolExecutor(len(texts)) as pool:
             return list(pool.map(self.read, texts))
+
+    def read_decoded(self, texts: Sequence[Text]) -> Decoded | None:
+        return None
 
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
         return self._endpoint.continue_greedily(text, tokens, by_id=self._by_id)
@@ -101,6 +108,9 @@ class _Local:
     def read_together(self, texts: Sequence[Text]) -> list[Positions]:
         return [self.read(text) for text in texts]
 
+    def read_decoded(self, texts: Sequence[Text]) -> Decoded | None:
+        return None
+
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
         prompt = next(p for p in self._tokens.prompts if p.ids == text)
         ids = self._model.continue_greedily(prompt, tokens)
@@ -127,20 +137,20 @@ def compare_top(
     passages, starts, names, origin = _texts(tokens, text, prompts)
     progress.start(2 * len(passages), 2)
     readings = []
-    floor: list[Positions] | None = None
+    floor: tuple[Rows, str] | None = None
     for number, side in enumerate((a, b), 1):
         with _source(side, tokens, settings, by_id) as source:
             readings.append(_read(source, passages, starts, settings, progress, number))
             if number == 1 and not isinstance(side, Side) and settings.noise_floor:
-                floor = source.read_together(passages)
+                floor = _noise_floor(source, passages, readings[0].passages)
     progress.finish()
     one, two = readings
     rows = compare_positions(one.passages, two.passages)
-    noise = compare_positions(one.passages, floor) if floor else None
+    noise, how = floor or (None, "")
     return Outputs(
         stats=summarize(rows, vocabulary=None, top_k=TOP_K),
         floor=summarize(noise, vocabulary=None, top_k=TOP_K) if noise else None,
-        floor_how="A asked again, all passages at once instead of one by one" if noise else "",
+        floor_how=how,
         greedy=tuple(
             Continuation(name, max(len(x[0]), len(y[0])), first_difference(x[0], y[0]), x[1], y[1])
             for name, x, y in zip(names, one.greedy, two.greedy, strict=True)
@@ -151,6 +161,19 @@ def compare_top(
         engines=(one.engine, two.engine),
         kl=(rows.kl_ab, noise.kl_ab if noise else None),
     )
+
+
+def _noise_floor(
+    source: Source, passages: Sequence[Text], alone: list[Positions]
+) -> tuple[Rows, str]:
+    """A against itself, asked in other ways: the one in which it differs most."""
+    together = compare_positions(alone, source.read_together(passages))
+    found = [(together, "A asked again, all passages at once instead of one by one")]
+    if decoded := source.read_decoded(passages):
+        rows = compare_positions(*decoded)
+        how = f"A's own continuations, {len(rows.kl_ab)} tokens decoded one at a time, read at once"
+        found.append((rows, how))
+    return max(found, key=lambda one: float(np.nan_to_num(one[0].kl_ab).mean()))
 
 
 def _texts(

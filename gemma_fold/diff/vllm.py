@@ -16,6 +16,9 @@ from gemma_fold.errors import GemmaFoldError, UnsupportedModelError
 from gemma_fold.runtime.vllm.server import check_environment
 
 Text = str | tuple[int, ...]
+Decoded = tuple[list[list[Position]], list[list[Position]]]
+#: Tokens of a text that are decoded on a CPU to find the noise floor; on a GPU half of it is.
+_CPU_DECODED = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class _Engine:
         self._tokens = tokens
         config = llm.llm_engine.vllm_config
         dtype = str(config.model_config.dtype).removeprefix("torch.")
+        self._on_cpu = config.device_config.device_type == "cpu"
         self.name = f"vllm, {dtype} on {config.device_config.device_type}"
 
     def read(self, text: Text) -> list[Position]:
@@ -55,6 +59,25 @@ class _Engine:
             for text, answer in zip(texts, answers, strict=True)
         ]
 
+    def read_decoded(self, texts: Sequence[Text]) -> Decoded:
+        """The second halves of the texts as the model continues the first, drawn by its own odds.
+
+        As they were decoded, one token of every text at a time, and as they are read at once.
+        """
+        starts = [text[: len(text) // 2] for text in texts if not isinstance(text, str)]
+        tokens = min(len(text) - len(text) // 2 for text in texts)
+        tokens = min(tokens, _CPU_DECODED) if self._on_cpu else tokens
+        odds = {"temperature": 1.0, "seed": 0, "ignore_eos": True, "logprobs": TOP_K}
+        answers = self._generate(starts, max_tokens=tokens, **odds)
+        drawn = [tuple(answer.outputs[0].token_ids) for answer in answers]
+        decoded = [
+            list(map(self._position, ids, answer.outputs[0].logprobs))
+            for ids, answer in zip(drawn, answers, strict=True)
+        ]
+        whole = [start + ids for start, ids in zip(starts, drawn, strict=True)]
+        read = [self.read(text) for text in whole]
+        return decoded, [row[len(start) - 1 :] for row, start in zip(read, starts, strict=True)]
+
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
         ids = tuple(self._generate([text], max_tokens=tokens)[0].outputs[0].token_ids)
         return tuple(map(self._name, ids)), self._tokens.text(ids)
@@ -63,8 +86,8 @@ class _Engine:
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": list(text)} for text in texts]
-        greedy = SamplingParams(temperature=0, detokenize=False, **params)
-        return self._llm.generate(prompts, greedy, use_tqdm=False)
+        settings = SamplingParams(**{"temperature": 0, "detokenize": False, **params})
+        return self._llm.generate(prompts, settings, use_tqdm=False)
 
     def _position(self, token: Any, listed: dict[int, Any]) -> Position:
         top = {i: entry.logprob for i, entry in listed.items() if entry.rank <= TOP_K}

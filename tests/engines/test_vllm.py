@@ -316,7 +316,7 @@ def folded_270m(real_270m: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def report(text: Path, *arguments: str | Path) -> Any:
     """What `gemma-fold diff --json` finds of two sides that are the same, over a short text."""
     text.write_text(files("gemma_fold.diff").joinpath("text.txt").read_text("utf-8")[:1500])
-    options = ("--text", text, "--new-tokens", "16", "--no-noise-floor", "--json")
+    options = ("--text", text, "--new-tokens", "16", "--json")
     done = subprocess.run(
         command("diff", *arguments, *options),
         env={**os.environ, **ENVIRONMENT},
@@ -343,7 +343,7 @@ def test_served_alike(real_270m: Path, folded_270m: Path, tmp_path: Path) -> Non
         server(stock, tmp_path / "stock.log") as a,
         server([*ours, *options], tmp_path / "ours.log") as b,
     ):
-        found = report(tmp_path / "text", a, b, "--timeout", "600")
+        found = report(tmp_path / "text", a, b, "--timeout", "600", "--no-noise-floor")
     assert_same_outputs(found)
 
 
@@ -351,3 +351,6 @@ def test_diff_runs_vllm(real_270m: Path, folded_270m: Path, tmp_path: Path) -> N
     found = report(tmp_path / "text", real_270m, folded_270m, "--engine", "vllm")
     assert_same_outputs(found)
     assert found["outputs"]["engines"] == ["vllm, bfloat16 on cpu"] * 2
+    # What was decoded is what was read, and in bf16 not to the last bit.
+    floor = found["outputs"]["floor"]
+    assert 0 < floor["kl_ab"]["mean"] < 0.01 and floor["same_top"] > 0.9
