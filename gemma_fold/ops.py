@@ -6,6 +6,10 @@ rounded once, and fused operators round where the unfused sequence rounds. CUDA 
 kernels, CPU tensors plain torch. All are torch.library operators (``torch.ops.gemma_fold.*``):
 they trace under torch.compile without graph breaks and run in CUDA graphs.
 
+On GPUs from Hopper on, a kernel may start while the one before it still runs, and for few rows it
+reads gamma at once. What writes a gamma must therefore not signal its dependents before it ends:
+torch's kernels do not, nor do these operators.
+
 Raises TypeError for a dtype and ValueError for a shape, device or stride that is not supported.
 """
 

@@ -6,6 +6,7 @@ refuses. What the compiled kernels compute is the GPU tests' business.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(launch.INTERPRETED, reason="the kernels are being interpreted"),
 ]
+WIDE_LOAD = re.compile(r"ld\.global(\.cg)?\.v4")
 HOPPER = GPUTarget("cuda", 90, 32)
 FLOATS = {"q_gamma", "k_gamma", "gamma", "post_gamma", "pre_gamma", "scale", "partial"}
 INTEGERS = {"peers": "*i64", "uses": "*i32", "positions": "*i64"}
@@ -88,7 +90,7 @@ def test_row_kernels(
             constants["scale_ptr"] = None
         text = ptx(plan.kernel, plan.options["num_warps"], constants, **types)
         assert ".local" not in text
-        assert "ld.global.v4" in text
+        assert WIDE_LOAD.search(text)
 
 
 @pytest.mark.parametrize("in_place", (False, True))
@@ -101,13 +103,28 @@ def test_head_kernels(
     q, k = meta[:, :q_heads], meta[:, q_heads:]
     monkeypatch.setattr(launch, "_uses_pdl", lambda device: True)
     plan = launch.plan_qk_rms_norm(q, k, in_place)
-    assert "ld.global.v4" in ptx(plan.kernel, plan.options["num_warps"], plan.constants)
+    assert WIDE_LOAD.search(ptx(plan.kernel, plan.options["num_warps"], plan.constants))
     for dtype, element in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         for interleaved in (False, True):
             cos_sin = torch.empty(64, size // 2, device="meta", dtype=dtype)
             plan = launch.plan_qk_rms_norm_rope(q, k, cos_sin, interleaved, in_place)
             types = {"cos_sin_ptr": f"*{element}"}
             ptx(plan.kernel, plan.options["num_warps"], row_constants(plan), **types)
+
+
+def test_gamma_comes_before_the_wait_and_nothing_that_could_be_one_is_signalled_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "_uses_pdl", lambda device: True)
+    for dtype, element in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        x = torch.empty(4, 1152, device="meta", dtype=dtype)
+        plan = launch.plan_rms_norm_add_rms_norm(x, x)
+        types = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr", "total_ptr"), f"*{element}")
+        constants = {**row_constants(plan), "scale_ptr": None}
+        text = ptx(plan.kernel, plan.options["num_warps"], constants, **types)
+        before, after = text.split("griddepcontrol.wait")
+        assert "ld.global.cg" in before and "ld.global.cg" not in after
+        assert ("griddepcontrol.launch_dependents" in text) == (dtype == torch.bfloat16)
 
 
 def test_the_backward_kernel() -> None:

@@ -23,8 +23,8 @@ from gemma_fold.kernels.qk_rms_norm_rope import qk_rms_norm_rope_kernel
 from gemma_fold.kernels.rms_norm import rms_norm_kernel
 from gemma_fold.kernels.rms_norm_add_rms_norm import rms_norm_add_rms_norm_kernel
 from gemma_fold.kernels.rms_norm_backward import rms_norm_backward_kernel
-from gemma_fold.kernels.rows import EARLY, NO_PDL
-from gemma_fold.kernels.tuning import row_config
+from gemma_fold.kernels.rows import AT_END, EARLY, NO_PDL
+from gemma_fold.kernels.tuning import heads_config, row_config
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_ROWS = 2**31 - 1  # the row number is a 32-bit program id
@@ -75,6 +75,8 @@ class Plan:
         self.options = {"num_warps": warps, "enable_fp_fusion": x.dtype != torch.float32}
         if constants.get("PDL") and not _uses_pdl(self.device):
             constants["PDL"] = NO_PDL.value
+        elif constants.get("PDL") and x.dtype == torch.float32:
+            constants["PDL"] = AT_END.value  # what it writes could be the next kernel's gamma
         if constants.get("PDL"):
             self.options["launch_pdl"] = True  # an option that only NVIDIA's backend knows
         self.ready: tuple[Any, ...] | None = None
@@ -156,7 +158,8 @@ def _plan_rows(
         "NVIDIA": not INTERPRETED and torch.version.hip is None,
         "PDL": config.pdl,
         "FENCE": config.fence,
-        "GAMMA_LATE": config.gamma_late,
+        "GAMMA": config.gamma,
+        "STORE": config.store,
     }
     programs = -(-rows // config.together)
     return Plan(kernel, x, programs, (rows, *steps), constants, config.warps * config.together)
@@ -194,22 +197,21 @@ def _plan_heads(
     dense = (q.shape[-2] * hidden, k.shape[-2] * hidden, hidden, hidden)
     unit, steps = _steps(q, strides + (strides if in_place else dense))
     block = max(triton.next_power_of_2(hidden), 16 // itemsize)
-    # 32 bytes a thread with 4 warps: enough in flight, and several programs for one token.
-    together = max(1, 4096 // (block * itemsize))
+    config = heads_config(block * itemsize, rows)
     constants = {
         "UNIT": unit,
         "Q_HEADS": q.shape[-2],
         "K_HEADS": k.shape[-2],
         "H": hidden,
         "BLOCK": block,
-        "M": together,
+        "M": config.together,
         "PDL": EARLY.value,
         "IN_PLACE": in_place,
+        "GAMMA": config.gamma,
         **(extra or {}),
     }
-    warps = min(16, max(4, block * itemsize // 1024))
-    programs = -(-rows // together)
-    return Plan(kernel, q, programs, (rows, *steps, *scalars), constants, warps)
+    programs = -(-rows // config.together)
+    return Plan(kernel, q, programs, (rows, *steps, *scalars), constants, config.warps)
 
 
 def plan_qk_rms_norm(q: Tensor, k: Tensor, in_place: bool) -> Plan:

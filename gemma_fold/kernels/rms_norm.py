@@ -25,21 +25,24 @@ def rms_norm_kernel(
     NVIDIA: tl.constexpr,  # compiled for NVIDIA: neither ROCm nor the interpreter
     PDL: tl.constexpr,
     FENCE: tl.constexpr,
-    GAMMA_LATE: tl.constexpr,  # load gamma when it is needed: fewer registers
+    GAMMA: tl.constexpr,  # when it is read: FIRST, WITH_ROWS or LAST
+    STORE: tl.constexpr,  # cache modifier of the stores
 ):
     rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
     live = rows < n_rows
     wide = rows.to(tl.int64)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if GAMMA == R.FIRST:
+        gamma = R.load_gamma(gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
     R.wait_for_previous(PDL)
-    x = R.load(x_ptr, wide * (x_step * UNIT), live, H, CHUNK, M)
-    if not GAMMA_LATE:
-        gamma = R.load(gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
+    x = R.load(x_ptr, wide * (x_step * UNIT), live, H, CHUNK, M, "")
+    if GAMMA == R.WITH_ROWS:
+        gamma = R.load_gamma(gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
     R.fence(FENCE, PDL)
     rstd = R.inverse_rms(x, eps, H, dtype)
-    if GAMMA_LATE:
-        gamma = R.load(gamma_ptr, tl.zeros_like(rows), live, H, CHUNK, M)
+    if GAMMA == R.LAST:
+        gamma = R.load_gamma(gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
     y = R.scale(x, rstd, gamma, tl.float32)  # rounded by the store or by the quantisation
     if scale_ptr is not None:
         y = R.quantize(y, scale_ptr, rows, live, dtype, PER_TOKEN, NVIDIA)
-    R.store(y_ptr, wide * H, live, y, H, CHUNK, M)
+    R.store(y_ptr, wide * H, live, y, H, CHUNK, M, STORE)

@@ -18,6 +18,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 NO_PDL: tl.constexpr = tl.constexpr(0)
 EARLY: tl.constexpr = tl.constexpr(1)
 LATE: tl.constexpr = tl.constexpr(2)
+AT_END: tl.constexpr = tl.constexpr(3)
+
+# When gamma is read: before the wait for the previous kernel, with the rows, or when it is needed.
+FIRST: tl.constexpr = tl.constexpr(0)
+WITH_ROWS: tl.constexpr = tl.constexpr(1)
+LAST: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
@@ -26,8 +32,9 @@ def wait_for_previous(PDL: tl.constexpr):
 
     The next kernel waits here in turn, so it may be placed at any time. EARLY places it at once,
     which hides most of its launch. LATE places it when this kernel's own wait is over: kernels then
-    queue up one deep, not many deep, and keep their programs spread over the GPU. Nothing is read
-    before the wait, gamma neither: it may be the very thing the previous kernel wrote.
+    queue up one deep, not many deep, and keep their programs spread over the GPU. AT_END places it
+    when this kernel is done. That is for what may be writing a gamma, which the next kernel may
+    read before it waits: kernels with fp32 outputs. torch's kernels signal at their end, too.
     """
     if PDL == EARLY:
         gdc_launch_dependents()
@@ -43,40 +50,61 @@ def fence(FENCE: tl.constexpr, PDL: tl.constexpr):
 
     Signalling the next kernel again changes nothing, and no instruction moves across it.
     """
-    if FENCE and PDL != NO_PDL:
+    if FENCE and PDL != NO_PDL and PDL != AT_END:
         gdc_launch_dependents()
 
 
 @triton.jit
-def load(ptr, offsets, live, H: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr):
+def load(
+    ptr, offsets, live, H: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr, CACHE: tl.constexpr
+):
     """Rows at ``ptr + offsets`` (offsets: [M, 1]) as pieces; columns past H read as zero."""
     cols = tl.arange(0, CHUNK)[None, :]
     pieces = ()
     for i in tl.static_range((H + CHUNK - 1) // CHUNK):
         at = ptr + offsets + (cols + i * CHUNK)
         if (i + 1) * CHUNK > H:
-            piece = tl.load(at, mask=live & (cols + i * CHUNK < H), other=0.0)
+            inside = live & (cols + i * CHUNK < H)
+            piece = tl.load(at, mask=inside, other=0.0, cache_modifier=CACHE)
         elif M > 1:
-            piece = tl.load(at, mask=live, other=0.0)
+            piece = tl.load(at, mask=live, other=0.0, cache_modifier=CACHE)
         else:
-            piece = tl.load(at)
+            piece = tl.load(at, cache_modifier=CACHE)
         pieces = pieces + (piece,)
     return pieces
 
 
 @triton.jit
-def store(ptr, offsets, live, pieces, H: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr):
+def load_gamma(
+    ptr, rows, live, H: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr, GAMMA: tl.constexpr
+):
+    """Gamma as pieces [M, CHUNK]. Read FIRST it comes from the L2: the L1 may hold an old one."""
+    CACHE: tl.constexpr = ".cg" if GAMMA == FIRST else ""
+    return load(ptr, tl.zeros_like(rows), live, H, CHUNK, M, CACHE)
+
+
+@triton.jit
+def store(
+    ptr,
+    offsets,
+    live,
+    pieces,
+    H: tl.constexpr,
+    CHUNK: tl.constexpr,
+    M: tl.constexpr,
+    CACHE: tl.constexpr,
+):
     """Writes pieces to rows at ``ptr + offsets`` in the dtype of ``ptr``."""
     cols = tl.arange(0, CHUNK)[None, :]
     for i in tl.static_range((H + CHUNK - 1) // CHUNK):
         at = ptr + offsets + (cols + i * CHUNK)
         value = pieces[i].to(ptr.dtype.element_ty)
         if (i + 1) * CHUNK > H:
-            tl.store(at, value, mask=live & (cols + i * CHUNK < H))
+            tl.store(at, value, mask=live & (cols + i * CHUNK < H), cache_modifier=CACHE)
         elif M > 1:
-            tl.store(at, value, mask=live)
+            tl.store(at, value, mask=live, cache_modifier=CACHE)
         else:
-            tl.store(at, value)
+            tl.store(at, value, cache_modifier=CACHE)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Which shape of kernel runs: measured once, never searched for at run time.
 
-Figures from an H200 (benchmarks/norms.py times the result). How many warps share a row fixes the
-order of its sum, so it depends on the operator and the row alone. Everything that depends on the
-number of rows changes no bit.
+Figures from an H200 and an H100 (benchmarks/norms.py times the result). How many warps share a row
+fixes the order of its sum, so it depends on the operator and the row alone. Everything that depends
+on the number of rows changes no bit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from gemma_fold.kernels.rows import EARLY, LATE
+from gemma_fold.kernels.rows import EARLY, FIRST, LAST, LATE, WITH_ROWS
 
 # (largest row in bytes, warps), in ascending order. One table for all operators, so that a fused
 # operator sums in the order of the operators it replaces and equals them bit for bit.
@@ -18,8 +18,12 @@ _WARPS = ((2560, 1), (8192, 4), (16384, 8))
 _MOST_WARPS = 16
 # Rows at which the programs of one kernel no longer fit on the GPU all at once.
 _MANY_ROWS = 512
+# Rows up to which every program has an SM to itself, whose L2 traffic it need not share.
+_LONE_ROWS = 128
 # Size below which a kernel is launch and latency, not bandwidth.
 _FEW_BYTES = 90112
+# Bytes of all heads up to which a thread takes 16 of them, not 32.
+_FEW_HEAD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,17 @@ class RowConfig:
     together: int  # rows in one program
     pdl: int  # EARLY or LATE
     fence: bool  # all loads are issued before any arithmetic
-    gamma_late: bool  # the last gamma is loaded when it is needed
+    gamma: int  # FIRST, WITH_ROWS or LAST
+    store: str  # cache modifier of the stores
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsConfig:
+    """How a kernel over q and k heads runs."""
+
+    warps: int  # of a program
+    together: int  # heads in one program
+    gamma: int  # FIRST or WITH_ROWS
 
 
 @cache
@@ -45,19 +59,41 @@ def warps_per_row(row_bytes: int) -> int:
 def row_config(operator: str, fp8: bool, row_bytes: int, rows: int) -> RowConfig:
     """The configuration of ``operator`` for ``rows`` rows of ``row_bytes`` bytes."""
     warps = warps_per_row(row_bytes)
+    alone = rows <= _LONE_ROWS
     many = rows > _MANY_ROWS
     few = rows * row_bytes <= _FEW_BYTES
     # Rows that miss 16-byte alignment are laid out by how many share a program: one does.
-    share = many and row_bytes % 16 == 0 and (operator == "rms_norm" or row_bytes <= 1536)
-    # Up to here a queue of early kernels would crowd onto a few SMs.
-    spread = _MANY_ROWS if row_bytes < 8192 else 128
-    late = operator == "rms_norm_add_rms_norm" and 8192 < row_bytes <= 12288
+    aligned = row_bytes % 16 == 0
+    share = many and aligned and (operator == "rms_norm" or row_bytes <= 1536)
+    # Two programs of half the GPU's rows each would be spread unevenly over its SMs.
+    pair = not alone and rows <= 2 * _LONE_ROWS and operator == "add_rms_norm" and row_bytes > 8192
+    last = operator == "rms_norm_add_rms_norm" and 8192 < row_bytes <= 12288
     if fp8 and rows > 2048 and row_bytes > 2560:
-        late = True
+        last = True
     return RowConfig(
         warps=warps,
-        together=max(1, 4 // warps) if share else 1,
-        pdl=LATE.value if row_bytes > 2560 and 32 < rows <= spread else EARLY.value,
-        fence=warps == 1 or not few,
-        gamma_late=many and late,
+        together=2 if pair and aligned else max(1, 4 // warps) if share else 1,
+        pdl=_signal(fp8, row_bytes, rows),
+        fence=not pair and (warps == 1 or not few),
+        gamma=FIRST.value if alone else LAST.value if many and last else WITH_ROWS.value,
+        store=".cg" if many and operator != "rms_norm" and row_bytes > 2048 else "",
+    )
+
+
+def _signal(fp8: bool, row_bytes: int, rows: int) -> int:
+    """When the next kernel may start. A queue of early ones would crowd onto a few SMs."""
+    late = row_bytes > 8192 if rows <= _LONE_ROWS else fp8
+    if 32 < rows <= _MANY_ROWS and 2560 < row_bytes <= 8192:
+        late = True
+    return LATE.value if late else EARLY.value
+
+
+def heads_config(head_bytes: int, heads: int) -> HeadsConfig:
+    """The configuration for ``heads`` heads of ``head_bytes`` bytes, a power of two."""
+    few = heads * head_bytes <= _FEW_HEAD_BYTES
+    # 32 bytes a thread where there are many: enough in flight.
+    return HeadsConfig(
+        warps=min(16, max(4, head_bytes // 1024)),
+        together=max(1, (2048 if few else 4096) // head_bytes),
+        gamma=FIRST.value if few else WITH_ROWS.value,
     )

@@ -211,19 +211,20 @@ class PeerExchange:
         eps: tuple[float, float],
     ) -> None:
         from gemma_fold.kernels.all_reduce.portable import one_shot_kernel
-        from gemma_fold.kernels.rows import EARLY, NO_PDL
+        from gemma_fold.kernels.rows import AT_END, EARLY, NO_PDL
 
         rows, hidden = x.shape
         block = 1 << (hidden - 1).bit_length()
         unit = tuning.VECTOR_BYTES // x.element_size()
         pdl = torch.cuda.get_device_capability(self.device)[0] >= 9
+        signal = AT_END if x.dtype == torch.float32 else EARLY
         with torch.cuda.device(self.device):
             one_shot_kernel[(min(rows, self._sms),)](
                 self._peers, x.view(_WORDS[x.element_size()]), residual, *gammas, y, total,
                 self._uses, rows, self.size.one_shot_rows, x.stride(0) // unit,
                 0 if residual is None else residual.stride(0) // unit, self._most_polls, *eps,
                 UNIT=unit, PITCH=self.size.pitch // x.element_size(), WORLD=self.size.world,
-                RANK=self._rank, H=hidden, BLOCK=block, PDL=EARLY.value if pdl else NO_PDL.value,
+                RANK=self._rank, H=hidden, BLOCK=block, PDL=signal.value if pdl else NO_PDL.value,
                 num_warps=min(32, max(4, block // 256)), launch_pdl=pdl, debug=True,
                 enable_fp_fusion=False,
             )  # fmt: skip
