@@ -174,7 +174,8 @@ def prepare_rows(hidden: int, wanted: list[str], modules: dict[str, Any]) -> Cal
                     rows.append(
                         {"op": op, "tokens": tokens, "hidden": hidden, "impl": name, "us": us}
                     )
-        return rows if hidden != EAGER_HIDDEN else rows + eager_rows(modules)
+        eager = hidden == EAGER_HIDDEN and set(wanted) & set(EAGER)
+        return rows + eager_rows(modules) if eager else rows
 
     return run
 

@@ -54,6 +54,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "diff": diff_transcript,
     "decode": measured.decode,
     "gpu_diff": measured.gpu_diff,
+    "vllm_diff": measured.vllm_diff,
     "gpu_floor": measured.gpu_floor,
     "convert": measured.convert,
     "all_reduce": measured_parallel.all_reduce,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -43,24 +44,34 @@ def decode() -> str:
 
 def gpu_diff() -> str:
     """Outputs of the real 270M, by GPU and compute dtype."""
+    runs = itertools.product(("h200", "h100"), ("bfloat16", "float32"))
+    return _diffs((f"diff_270m_{gpu}_{dtype}.json", dtype) for gpu, dtype in runs)
+
+
+def vllm_diff() -> str:
+    """Outputs of the real 270M, by vLLM."""
+    return _diffs([("diff_270m_vllm_h100_bfloat16.json", "bfloat16")])
+
+
+def _diffs(results: Iterable[tuple[str, str]]) -> str:
     rows = []
-    for name in ("h200", "h100"):
-        for dtype in ("bfloat16", "float32"):
-            found = _read(f"diff_270m_{name}_{dtype}.json")
-            stats, floor = found["outputs"]["stats"], found["outputs"]["floor"]
-            env = found["environment"]
-            rows.append(
-                (
-                    f"{env['gpu']}, torch {env['torch']}, {env['date'].split()[0]}",
-                    dtype,
-                    f"{stats['scored']:,}",
-                    f"{stats['kl_ab']['mean']:.3g}",
-                    f"{floor['kl_ab']['mean']:.3g}",
-                    found["outputs"]["floor_how"],
-                    f"{stats['same_top']:.2%}",
-                    f"{stats['perplexity_a']:.4f}, {stats['perplexity_b']:.4f}",
-                )
+    for name, dtype in results:
+        found = _read(name)
+        stats, floor = found["outputs"]["stats"], found["outputs"]["floor"]
+        env = found["environment"]
+        engine = f"vllm {env['vllm']}, " if "vllm" in env else ""
+        rows.append(
+            (
+                f"{env['gpu']}, {engine}torch {env['torch']}, {env['date'].split()[0]}",
+                dtype,
+                f"{stats['scored']:,}",
+                f"{stats['kl_ab']['mean']:.3g}",
+                f"{floor['kl_ab']['mean']:.3g}",
+                found["outputs"]["floor_how"],
+                f"{stats['same_top']:.2%}",
+                f"{stats['perplexity_a']:.4f}, {stats['perplexity_b']:.4f}",
             )
+        )
     header = (
         *("", "compute", "positions", "mean KL", "noise floor", "its measurement"),
         *("same top token", "perplexity"),

@@ -26,6 +26,7 @@ class VllmSide:
     """A checkpoint that vLLM runs."""
 
     side: Side
+    eager: bool = False  # without torch.compile and CUDA graphs, even on a GPU
 
 
 def import_vllm() -> None:
@@ -46,7 +47,6 @@ class _Engine:
         self._tokens = tokens
         config = llm.llm_engine.vllm_config
         dtype = str(config.model_config.dtype).removeprefix("torch.")
-        self._on_cpu = config.device_config.device_type == "cpu"
         self.name = f"vllm, {dtype} on {config.device_config.device_type}"
 
     def read(self, text: Text) -> list[Position]:
@@ -66,7 +66,7 @@ class _Engine:
         """
         starts = [text[: len(text) // 2] for text in texts if not isinstance(text, str)]
         tokens = min(len(text) - len(text) // 2 for text in texts)
-        tokens = min(tokens, _CPU_DECODED) if self._on_cpu else tokens
+        tokens = min(tokens, _CPU_DECODED) if not compiles() else tokens
         odds = {"temperature": 1.0, "seed": 0, "ignore_eos": True, "logprobs": TOP_K}
         answers = self._generate(starts, max_tokens=tokens, **odds)
         drawn = [tuple(answer.outputs[0].token_ids) for answer in answers]
@@ -105,7 +105,7 @@ def running(
     """
     windows = [len(window) + 1 for window in tokens.windows]
     prompts = [len(prompt.ids) + new_tokens for prompt in tokens.prompts]
-    llm = _start(side.side, dtype, max(windows + prompts))
+    llm = _start(side, dtype, max(windows + prompts))
     try:
         yield _Engine(llm, name, tokens)
     finally:
@@ -114,25 +114,30 @@ def running(
         gc.collect()
 
 
-def _start(side: Side, dtype: str, longest: int) -> Any:
-    from vllm import LLM
+def compiles() -> bool:
+    """Whether vLLM compiles what it runs here. On a CPU that would take longer than the run."""
     from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
+
+
+def _start(side: VllmSide, dtype: str, longest: int) -> Any:
+    from vllm import LLM
 
     try:
         return LLM(
-            str(side.root),
+            str(side.side.root),
             dtype=dtype,
             max_model_len=longest,
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
             disable_log_stats=True,
-            # On a CPU compiling takes longer than all there is to run.
-            enforce_eager=current_platform.is_cpu(),
+            enforce_eager=side.eager or not compiles(),
         )
     except GemmaFoldError:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"vLLM does not run {side.name} ({first_line(error)}); its log is above, and "
+            f"vLLM does not run {side.side.name} ({first_line(error)}); its log is above, and "
             "--no-outputs compares weights alone"
         ) from error

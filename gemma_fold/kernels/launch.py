@@ -197,7 +197,8 @@ def _plan_heads(
     dense = (q.shape[-2] * hidden, k.shape[-2] * hidden, hidden, hidden)
     unit, steps = _steps(q, strides + (strides if in_place else dense))
     block = max(triton.next_power_of_2(hidden), 16 // itemsize)
-    config = heads_config(block * itemsize, rows)
+    tokens = rows // (q.shape[-2] + k.shape[-2])
+    config = heads_config(block * itemsize, rows, tokens)
     constants = {
         "UNIT": unit,
         "Q_HEADS": q.shape[-2],

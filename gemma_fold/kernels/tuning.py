@@ -88,9 +88,9 @@ def _signal(fp8: bool, row_bytes: int, rows: int) -> int:
     return LATE.value if late else EARLY.value
 
 
-def heads_config(head_bytes: int, heads: int) -> HeadsConfig:
-    """The configuration for ``heads`` heads of ``head_bytes`` bytes, a power of two."""
-    few = heads * head_bytes <= _FEW_HEAD_BYTES
+def heads_config(head_bytes: int, heads: int, tokens: int) -> HeadsConfig:
+    """The configuration for ``heads`` heads, of all tokens, of ``head_bytes``, a power of two."""
+    few = tokens <= _LONE_ROWS and heads * head_bytes <= _FEW_HEAD_BYTES
     # 32 bytes a thread where there are many: enough in flight.
     return HeadsConfig(
         warps=min(16, max(4, head_bytes // 1024)),
