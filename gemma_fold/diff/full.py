@@ -17,7 +17,7 @@ import torch
 from gemma_fold._version import __version__
 from gemma_fold.diff.engine import Model, running
 from gemma_fold.diff.logits import LogitsFile, LogitsWriter
-from gemma_fold.diff.outputs import Rows, compare_rows, join, summarize
+from gemma_fold.diff.outputs import Rows, compare_rows, join, noisiest, summarize
 from gemma_fold.diff.results import (
     Continuation,
     Distribution,
@@ -166,7 +166,7 @@ def _noise_floor(
         kept = min(kept, _FLOOR_DECODED)
     decoded = _token_by_token(model, file, tokens, kept)
     found += [decoded] if decoded else []
-    return max(found, key=lambda one: float(np.nan_to_num(one[0].kl_ab).mean()))
+    return noisiest(found)
 
 
 def _in_one_batch(model: Model, file: LogitsFile, tokens: Tokens, kept: int) -> tuple[Rows, str]:

@@ -61,6 +61,11 @@ def join(parts: Sequence[Rows]) -> Rows:
     return Rows(**{n: np.concatenate([getattr(part, n) for part in parts]) for n in names})
 
 
+def noisiest(runs: Sequence[tuple[Rows, str]]) -> tuple[Rows, str]:
+    """Of one side against itself, run in several ways: the one in which it differs most."""
+    return max(runs, key=lambda run: float(np.nan_to_num(run[0].kl_ab).mean()))
+
+
 def _compare(a: Tensor, b: Tensor, targets: Tensor, top_k: int) -> Rows:
     x = a.double()
     if a.dtype == b.dtype and torch.equal(a, b):

@@ -22,7 +22,7 @@ from gemma_fold.diff import vllm
 from gemma_fold.diff.endpoint import TOP_K, Endpoint, Position
 from gemma_fold.diff.engine import Model, running
 from gemma_fold.diff.full import Settings, engine_name
-from gemma_fold.diff.outputs import Rows, join, summarize
+from gemma_fold.diff.outputs import Rows, join, noisiest, summarize
 from gemma_fold.diff.results import Continuation, Outputs, first_difference
 from gemma_fold.diff.sides import Side
 from gemma_fold.diff.tokens import PROMPTS, NothingInCommonError, Tokens, read_text
@@ -33,7 +33,6 @@ _SMALLEST = 1e-9  # probability of "any other token": what rounding leaves of it
 
 Text = str | tuple[int, ...]
 Positions = list[Position]
-Decoded = tuple[list[Positions], list[Positions]]  # of the same tokens: one by one, all at once
 Party = Side | Endpoint | vllm.VllmSide
 
 
@@ -57,7 +56,7 @@ class Source(Protocol):
     def read_together(self, texts: Sequence[Text]) -> list[Positions]:
         """The same for many texts, all at once where the engine can."""
 
-    def read_decoded(self, texts: Sequence[Text]) -> Decoded | None:
+    def read_decoded(self, texts: Sequence[Text]) -> vllm.Decoded | None:
         """Its continuations of the texts, as served and as read; None where it has none."""
 
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
@@ -76,7 +75,7 @@ class _Server:
         with ThreadPoolExecutor(len(texts)) as pool:
             return list(pool.map(self.read, texts))
 
-    def read_decoded(self, texts: Sequence[Text]) -> Decoded | None:
+    def read_decoded(self, texts: Sequence[Text]) -> vllm.Decoded | None:
         return None
 
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
@@ -108,7 +107,7 @@ class _Local:
     def read_together(self, texts: Sequence[Text]) -> list[Positions]:
         return [self.read(text) for text in texts]
 
-    def read_decoded(self, texts: Sequence[Text]) -> Decoded | None:
+    def read_decoded(self, texts: Sequence[Text]) -> vllm.Decoded | None:
         return None
 
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
@@ -150,7 +149,7 @@ def compare_top(
         ways.append((again, "A run again in vLLM's eager mode, not compiled"))
     progress.finish()
     rows = compare_positions(one.passages, two.passages)
-    noise, how = max(ways, key=lambda way: _mean_kl(way[0])) if ways else (None, "")
+    noise, how = noisiest(ways) if ways else (None, "")
     return Outputs(
         stats=summarize(rows, vocabulary=None, top_k=TOP_K),
         floor=summarize(noise, vocabulary=None, top_k=TOP_K) if noise else None,
@@ -177,10 +176,6 @@ def _asked_again(
         rows = compare_positions(*decoded)
         count = len(rows.kl_ab)
         yield rows, f"A's own continuations, {count} tokens decoded one at a time, read at once"
-
-
-def _mean_kl(rows: Rows) -> float:
-    return float(np.nan_to_num(rows.kl_ab).mean())
 
 
 def _texts(

@@ -16,7 +16,7 @@ from gemma_fold.errors import GemmaFoldError, UnsupportedModelError
 from gemma_fold.runtime.vllm.server import check_environment
 
 Text = str | tuple[int, ...]
-Decoded = tuple[list[list[Position]], list[list[Position]]]
+Decoded = tuple[list[list[Position]], list[list[Position]]]  # the same tokens one by one, at once
 #: Tokens of a text that are decoded on a CPU to find the noise floor; on a GPU half of it is.
 _CPU_DECODED = 32
 

@@ -191,6 +191,15 @@ DEVICE uint4 load_vector(const char* row, int v) {
   return *reinterpret_cast<const uint4*>(row + vector_offset(v));
 }
 
+// This thread's vectors of a row; zeros beyond its end, and where the row is not wanted at all.
+template <bool WANTED = true> DEVICE void load_row(const char* row, uint4 (&to)[VECS]) {
+#pragma unroll
+  for (int v = 0; v < VECS; v++) {
+    to[v] = make_uint4(0, 0, 0, 0);
+    if (WANTED && owns(v)) to[v] = load_vector(row, v);
+  }
+}
+
 DEVICE void load_gamma(float (&to)[VECS][ELEMENTS], const float* gamma) {
 #pragma unroll
   for (int v = 0; v < VECS; v++)
@@ -402,12 +411,8 @@ template <int OP> DEVICE void one_shot(const Args& a) {
   for (int row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const u32 slot = slot_of(a, row);
     uint4 own[VECS], residual[VECS], others[VECS][PEERS];
-#pragma unroll
-    for (int v = 0; v < VECS; v++) {
-      own[v] = residual[v] = make_uint4(0, 0, 0, 0);
-      if (owns(v)) own[v] = load_vector(a.x + row * a.x_stride, v);
-      if (OP != SUM && owns(v)) residual[v] = load_vector(a.residual + row * a.residual_stride, v);
-    }
+    load_row(a.x + row * a.x_stride, own);
+    load_row<OP != SUM>(a.residual + row * a.residual_stride, residual);
     receive<PEERS>(a, a.buffers[a.rank] + one_shot_row(a, slot, 0, row), a.pitch * a.capacity, -1, others);
     float sum[VECS][ELEMENTS];
 #pragma unroll
@@ -444,15 +449,6 @@ DEVICE void send_partial(const Args& a, int row) {
     if (owns(v)) send(to + vector_offset(v), sendable(load_vector(a.x + row * a.x_stride, v)));
 }
 
-template <int OP>
-DEVICE void load_residual(const Args& a, int row, uint4 (&residual)[VECS]) {
-#pragma unroll
-  for (int v = 0; v < VECS; v++) {
-    residual[v] = make_uint4(0, 0, 0, 0);
-    if (OP != SUM && owns(v)) residual[v] = load_vector(a.residual + row * a.residual_stride, v);
-  }
-}
-
 // Block b has the rows b, b + gridDim.x, ... on every rank. Each turn, it sends its part of a row
 // AHEAD turns on, adds up this turn's row if that is its to add up, and finishes the last turn's if
 // that was another rank's: its sum has had a turn to arrive.
@@ -472,12 +468,8 @@ template <int OP> DEVICE void two_shot(const Args& a) {
     if (row < a.rows && row % WORLD == a.rank) {
       const u32 slot = slot_of(a, row);
       uint4 residual[VECS], others[VECS][PEERS], own[VECS];
-      load_residual<OP>(a, row, residual);
-#pragma unroll
-      for (int v = 0; v < VECS; v++) {
-        own[v] = make_uint4(0, 0, 0, 0);
-        if (owns(v)) own[v] = load_vector(a.x + row * a.x_stride, v);
-      }
+      load_row<OP != SUM>(a.residual + row * a.residual_stride, residual);
+      load_row(a.x + row * a.x_stride, own);
       receive<PEERS>(a, a.buffers[a.rank] + partial_row(a, slot, 0, row), a.pitch * owned_rows(a), -1, others);
       float sum[VECS][ELEMENTS];
 #pragma unroll
@@ -498,7 +490,7 @@ template <int OP> DEVICE void two_shot(const Args& a) {
     if (last >= 0 && last % WORLD != a.rank) {
       const u32 slot = slot_of(a, last);
       uint4 residual[VECS], got[VECS][1];
-      load_residual<OP>(a, last, residual);
+      load_row<OP != SUM>(a.residual + last * a.residual_stride, residual);
       receive<1>(a, a.buffers[a.rank] + sum_row(a, slot, last), 0, last % WORLD, got);
       float sum[VECS][ELEMENTS];
 #pragma unroll
