@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import subprocess
@@ -25,6 +26,8 @@ TOOLS = ("memcheck", "racecheck")
 PEER_TOOLS = (*TOOLS, "initcheck")
 TOKENS = (1, 5, 600)
 HIDDEN = (64, 640, 641, 1152, 5376, 16384)
+#: (tokens, hidden) whose rows share programs, beside all of the above.
+SHARED = ((1026, 640), (1026, 1152), (601, 4096), (201, 8192))
 
 
 def run_kernels() -> int:
@@ -35,22 +38,21 @@ def run_kernels() -> int:
 
     calls = 0
     for dtype in (torch.bfloat16, torch.float32):
-        for hidden in HIDDEN:
+        for tokens, hidden in (*itertools.product(TOKENS, HIDDEN), *SHARED):
             gamma = torch.rand(hidden, device="cuda")
             scale = torch.ones(1, device="cuda")
-            for tokens in TOKENS:
-                x = torch.rand(tokens, hidden, device="cuda").to(dtype)
-                ops.rms_norm(x, gamma)
-                ops.add_rms_norm(x, x, gamma)
-                ops.rms_norm_add_rms_norm(x, x, gamma, gamma)
-                ops.add_rms_norm_(x.clone(), x.clone(), gamma)
-                ops.rms_norm_add_rms_norm_(x.clone(), x.clone(), gamma, gamma)
-                for given in (None, scale):
-                    ops.rms_norm_fp8(x, gamma, 1e-6, given)
-                    ops.add_rms_norm_fp8(x, x, gamma, 1e-6, given)
-                    ops.rms_norm_add_rms_norm_fp8(x, x, gamma, gamma, 1e-6, 1e-6, given)
-                torch.ops.gemma_fold.rms_norm_backward(x, x, gamma, 1e-6)
-                calls += 12
+            x = torch.rand(tokens, hidden, device="cuda").to(dtype)
+            ops.rms_norm(x, gamma)
+            ops.add_rms_norm(x, x, gamma)
+            ops.rms_norm_add_rms_norm(x, x, gamma, gamma)
+            ops.add_rms_norm_(x.clone(), x.clone(), gamma)
+            ops.rms_norm_add_rms_norm_(x.clone(), x.clone(), gamma, gamma)
+            for given in (None, scale):
+                ops.rms_norm_fp8(x, gamma, 1e-6, given)
+                ops.add_rms_norm_fp8(x, x, gamma, 1e-6, given)
+                ops.rms_norm_add_rms_norm_fp8(x, x, gamma, gamma, 1e-6, 1e-6, given)
+            torch.ops.gemma_fold.rms_norm_backward(x, x, gamma, 1e-6)
+            calls += 12
         for q_heads, k_heads, size in ((32, 16, 128), (4, 1, 256), (3, 2, 96)):
             for tokens in TOKENS:
                 qkv = torch.rand(tokens, q_heads + 2 * k_heads, size, device="cuda").to(dtype)

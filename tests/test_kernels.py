@@ -45,12 +45,12 @@ def test_equals_the_unfused_sequence(hidden: int, dtype: torch.dtype) -> None:
 
 
 def test_rows_that_share_a_program_and_rows_left_over() -> None:
-    x, gain = rows((514, 64), torch.float32, 5, "cpu"), gamma(64, 6, "cpu")
+    x, gain = rows((1026, 64), torch.float32, 5, "cpu"), gamma(64, 6, "cpu")
     assert launch.plan_rms_norm(x).constants["M"] > 1
-    assert 514 % launch.plan_rms_norm(x).constants["M"]
+    assert 1026 % launch.plan_rms_norm(x).constants["M"]
     whole = ops.rms_norm(x, gain, EPS)
     assert ulps(whole, reference.rms_norm(x, gain, EPS), torch.float32) <= 8.0
-    assert torch.equal(ops.rms_norm(x[510:], gain, EPS), whole[510:])
+    assert torch.equal(ops.rms_norm(x[1022:], gain, EPS), whole[1022:])
 
 
 def test_strides_and_layouts() -> None:

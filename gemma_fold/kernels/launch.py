@@ -197,8 +197,7 @@ def _plan_heads(
     dense = (q.shape[-2] * hidden, k.shape[-2] * hidden, hidden, hidden)
     unit, steps = _steps(q, strides + (strides if in_place else dense))
     block = max(triton.next_power_of_2(hidden), 16 // itemsize)
-    tokens = rows // (q.shape[-2] + k.shape[-2])
-    config = heads_config(block * itemsize, rows, tokens)
+    config = heads_config(block * itemsize, rows)
     constants = {
         "UNIT": unit,
         "Q_HEADS": q.shape[-2],
@@ -208,7 +207,6 @@ def _plan_heads(
         "M": config.together,
         "PDL": EARLY.value,
         "IN_PLACE": in_place,
-        "GAMMA": config.gamma,
         **(extra or {}),
     }
     programs = -(-rows // config.together)

@@ -36,7 +36,6 @@ def qk_rms_norm_kernel(
     M: tl.constexpr,  # heads per program
     PDL: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    GAMMA: tl.constexpr,  # when it is read: FIRST or WITH_ROWS
 ):
     rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
@@ -55,12 +54,9 @@ def qk_rms_norm_kernel(
         k_out_at = k_out_ptr + (token * out_k_step + (head - Q_HEADS) * out_k_head_step) * UNIT
         out_at = tl.where(is_q, q_out_at, k_out_at) + cols
     gamma_at = tl.where(is_q, q_gamma_ptr, k_gamma_ptr) + cols
-    if GAMMA == R.FIRST:
-        gamma = tl.load(gamma_at, mask=live, other=0.0, cache_modifier=".cg")
     R.wait_for_previous(PDL)
     x = tl.load(at, mask=live, other=0.0)
-    if GAMMA == R.WITH_ROWS:
-        gamma = tl.load(gamma_at, mask=live, other=0.0)
+    gamma = tl.load(gamma_at, mask=live, other=0.0)
     R.fence(True, PDL)
     x = x.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / H + eps)

@@ -111,7 +111,6 @@ def qk_rms_norm_rope_kernel(
     M: tl.constexpr,  # heads per program
     PDL: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    GAMMA: tl.constexpr,  # when it is read: FIRST or WITH_ROWS
     COS_SIN_UNIT: tl.constexpr,
     H2: tl.constexpr,  # pairs that are rotated: half of rotary_dim
     NVIDIA: tl.constexpr,  # compiled for NVIDIA: neither ROCm nor the interpreter
@@ -143,16 +142,13 @@ def qk_rms_norm_rope_kernel(
     else:
         pair = cols % H2
         rotates = cols < 2 * H2
-    if GAMMA == R.FIRST:
-        gamma = tl.load(gamma_at, mask=live, other=0.0, cache_modifier=".cg")
     R.wait_for_previous(PDL)
     if positions_ptr is None:
         position = token
     else:
         position = tl.load(positions_ptr + token, mask=rows < n_rows, other=0).to(tl.int64)
     x = tl.load(at, mask=live, other=0.0)
-    if GAMMA == R.WITH_ROWS:
-        gamma = tl.load(gamma_at, mask=live, other=0.0)
+    gamma = tl.load(gamma_at, mask=live, other=0.0)
     # A position that the table does not hold reads nothing and gives NaN.
     held = (position >= 0) & (position < n_positions) & rotates
     cos_at = cos_sin_ptr + position * (cos_sin_step * COS_SIN_UNIT) + pair

@@ -18,12 +18,12 @@ _WARPS = ((2560, 1), (8192, 4), (16384, 8))
 _MOST_WARPS = 16
 # Rows at which the programs of one kernel no longer fit on the GPU all at once.
 _MANY_ROWS = 512
+# Rows from which short ones fill the GPU several times over.
+_CROWDED_ROWS = 1024
 # Rows up to which every program has an SM to itself, whose L2 traffic it need not share.
 _LONE_ROWS = 128
-# Size below which a kernel is launch and latency, not bandwidth.
-_FEW_BYTES = 90112
-# Bytes of all heads up to which a thread takes 16 of them, not 32.
-_FEW_HEAD_BYTES = 1 << 20
+# Bytes of all heads above which a program takes twice as many.
+_MANY_HEAD_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,6 @@ class HeadsConfig:
 
     warps: int  # of a program
     together: int  # heads in one program
-    gamma: int  # FIRST or WITH_ROWS
 
 
 @cache
@@ -58,42 +57,57 @@ def warps_per_row(row_bytes: int) -> int:
 
 def row_config(operator: str, fp8: bool, row_bytes: int, rows: int) -> RowConfig:
     """The configuration of ``operator`` for ``rows`` rows of ``row_bytes`` bytes."""
-    warps = warps_per_row(row_bytes)
     alone = rows <= _LONE_ROWS
     many = rows > _MANY_ROWS
-    few = rows * row_bytes <= _FEW_BYTES
-    # Rows that miss 16-byte alignment are laid out by how many share a program: one does.
-    aligned = row_bytes % 16 == 0
-    share = many and aligned and (operator == "rms_norm" or row_bytes <= 1536)
-    # Two programs of half the GPU's rows each would be spread unevenly over its SMs.
-    pair = not alone and rows <= 2 * _LONE_ROWS and operator == "add_rms_norm" and row_bytes > 8192
-    last = operator == "rms_norm_add_rms_norm" and 8192 < row_bytes <= 12288
-    if fp8 and rows > 2048 and row_bytes > 2560:
-        last = True
+    sandwich = operator == "rms_norm_add_rms_norm" and 8192 < row_bytes <= 12288
+    late_gamma = _one_wave(operator, fp8, row_bytes, rows) or (many and sandwich)
     return RowConfig(
-        warps=warps,
-        together=2 if pair and aligned else max(1, 4 // warps) if share else 1,
-        pdl=_signal(fp8, row_bytes, rows),
-        fence=not pair and (warps == 1 or not few),
-        gamma=FIRST.value if alone else LAST.value if many and last else WITH_ROWS.value,
-        store=".cg" if many and operator != "rms_norm" and row_bytes > 2048 else "",
+        warps=warps_per_row(row_bytes),
+        together=_together(operator, fp8, row_bytes, rows),
+        pdl=_signal(operator, fp8, row_bytes, rows),
+        fence=not (alone and operator == "rms_norm"),  # it loads only x after the wait
+        gamma=FIRST.value if alone else LAST.value if late_gamma else WITH_ROWS.value,
+        store=".cg" if many and row_bytes > 2048 else "",
     )
 
 
-def _signal(fp8: bool, row_bytes: int, rows: int) -> int:
+def _one_wave(operator: str, fp8: bool, row_bytes: int, rows: int) -> bool:
+    """Whether all rows can be on the GPU at once, if only gamma takes no registers meanwhile."""
+    add = operator == "add_rms_norm" and not fp8
+    return add and 2 * _LONE_ROWS < rows <= 1024 and 5120 < row_bytes <= 8192
+
+
+def _together(operator: str, fp8: bool, row_bytes: int, rows: int) -> int:
+    """Rows in one program."""
+    if row_bytes % 16:
+        return 1  # rows that miss 16-byte alignment are laid out by how many share a program
+    if rows > _CROWDED_ROWS and row_bytes <= 2560:
+        if operator == "rms_norm":
+            return 2 if fp8 else 4
+        return 4 if row_bytes <= 1536 and not fp8 else 1
+    # One row each would leave some SMs a third program and others only their first.
+    pair = operator == "add_rms_norm" and _LONE_ROWS < rows <= 2 * _LONE_ROWS
+    pair = pair and row_bytes > 12288
+    return 2 if pair or _one_wave(operator, fp8, row_bytes, rows) else 1
+
+
+def _signal(operator: str, fp8: bool, row_bytes: int, rows: int) -> int:
     """When the next kernel may start. A queue of early ones would crowd onto a few SMs."""
-    late = row_bytes > 8192 if rows <= _LONE_ROWS else fp8
-    if 32 < rows <= _MANY_ROWS and 2560 < row_bytes <= 8192:
-        late = True
+    if row_bytes <= 2560:
+        sandwich = operator == "rms_norm_add_rms_norm" and rows <= _MANY_ROWS
+        late = rows > 64 and (fp8 or sandwich)
+    elif rows <= _LONE_ROWS:
+        late = row_bytes > 8192 or rows > 16
+    elif fp8:
+        late = rows <= 2 * _LONE_ROWS and row_bytes <= 8192
+    else:
+        late = _one_wave(operator, fp8, row_bytes, rows)
     return LATE.value if late else EARLY.value
 
 
-def heads_config(head_bytes: int, heads: int, tokens: int) -> HeadsConfig:
+def heads_config(head_bytes: int, heads: int) -> HeadsConfig:
     """The configuration for ``heads`` heads, of all tokens, of ``head_bytes``, a power of two."""
-    few = tokens <= _LONE_ROWS and heads * head_bytes <= _FEW_HEAD_BYTES
-    # 32 bytes a thread where there are many: enough in flight.
-    return HeadsConfig(
-        warps=min(16, max(4, head_bytes // 1024)),
-        together=max(1, (2048 if few else 4096) // head_bytes),
-        gamma=FIRST.value if few else WITH_ROWS.value,
-    )
+    # 16 bytes a thread; larger programs where there are enough of them.
+    warps = 8 if heads * head_bytes > _MANY_HEAD_BYTES else 4
+    warps = min(16, max(warps, head_bytes // 512))
+    return HeadsConfig(warps=warps, together=max(1, warps * 512 // head_bytes))

@@ -77,7 +77,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(hidden: int, dtype: torch.d
         ]
 
     whole = all_ops(2100)
-    for n in (1, 2, 37, 200, 300, 600):
+    for n in (1, 2, 37, 200, 300, 600, 1000):
         for part, full in zip(all_ops(n), whole, strict=True):
             assert torch.equal(part.view(torch.uint8), full[:n].view(torch.uint8))
 
@@ -139,6 +139,25 @@ def test_qk_in_place_on_a_fused_tensor(
     reference.qk_rms_norm(*views(want), *gains, EPS)
     assert ulps(qkv, want, dtype) <= LIMIT[dtype]
     assert torch.equal(qkv[:, -sizes[2] :], want[:, -sizes[2] :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", ((32, 16, 128), (4, 1, 256), (3, 2, 96), (2, 1, 512)))
+def test_a_head_does_not_depend_on_how_many_there_are(
+    heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    q_heads, k_heads, size = heads
+    q = rows((1500, q_heads * size), dtype, 5, "cuda").view(1500, q_heads, size)
+    k = rows((1500, k_heads * size), dtype, 6, "cuda").view(1500, k_heads, size)
+    gains = gamma(size, 6, "cuda"), gamma(size, 7, "cuda")
+
+    def normed(n: int) -> tuple[Tensor, Tensor]:
+        return torch.ops.gemma_fold.qk_rms_norm(q[:n], k[:n], *gains, EPS)
+
+    whole = normed(1500)
+    for n in (1, 2, 37, 300):
+        for part, full in zip(normed(n), whole, strict=True):
+            assert torch.equal(part, full[:n])
 
 
 def test_strides_offsets_and_layouts() -> None:
