@@ -61,11 +61,12 @@ def row_config(operator: str, fp8: bool, row_bytes: int, rows: int) -> RowConfig
     many = rows > _MANY_ROWS
     sandwich = operator == "rms_norm_add_rms_norm" and 8192 < row_bytes <= 12288
     late_gamma = _one_wave(operator, fp8, row_bytes, rows) or (many and sandwich)
+    only_x = alone and operator == "rms_norm"  # is loaded after the wait
     return RowConfig(
         warps=warps_per_row(row_bytes),
         together=_together(operator, fp8, row_bytes, rows),
         pdl=_signal(operator, fp8, row_bytes, rows),
-        fence=not (alone and operator == "rms_norm"),  # it loads only x after the wait
+        fence=not (only_x or _pair(operator, row_bytes, rows)),
         gamma=FIRST.value if alone else LAST.value if late_gamma else WITH_ROWS.value,
         store=".cg" if many and row_bytes > 2048 else "",
     )
@@ -85,10 +86,15 @@ def _together(operator: str, fp8: bool, row_bytes: int, rows: int) -> int:
         if operator == "rms_norm":
             return 2 if fp8 else 4
         return 4 if row_bytes <= 1536 and not fp8 else 1
-    # One row each would leave some SMs a third program and others only their first.
-    pair = operator == "add_rms_norm" and _LONE_ROWS < rows <= 2 * _LONE_ROWS
-    pair = pair and row_bytes > 12288
-    return 2 if pair or _one_wave(operator, fp8, row_bytes, rows) else 1
+    if _pair(operator, row_bytes, rows) or _one_wave(operator, fp8, row_bytes, rows):
+        return 2
+    return 1
+
+
+def _pair(operator: str, row_bytes: int, rows: int) -> bool:
+    """Whether one row a program would leave some SMs a third one and others only their first."""
+    add = operator == "add_rms_norm" and row_bytes > 12288
+    return add and row_bytes % 16 == 0 and _LONE_ROWS < rows <= 2 * _LONE_ROWS
 
 
 def _signal(operator: str, fp8: bool, row_bytes: int, rows: int) -> int:
@@ -101,7 +107,7 @@ def _signal(operator: str, fp8: bool, row_bytes: int, rows: int) -> int:
     elif fp8:
         late = rows <= 2 * _LONE_ROWS and row_bytes <= 8192
     else:
-        late = _one_wave(operator, fp8, row_bytes, rows)
+        late = _one_wave(operator, fp8, row_bytes, rows) and rows <= _MANY_ROWS
     return LATE.value if late else EARLY.value
 
 
