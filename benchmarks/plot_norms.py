@@ -50,8 +50,9 @@ is a device-to-device copy that moves as many bytes as the operator has to. For 
 all of a token's heads: 6144 is 32 q and 16 k heads of 128, 1280 is 4 and 1 of 256. With rotary
 embedding, everyone reads one fp32 table of cosines and sines at random positions.
 
-The runs on the H200 are of earlier kernels: they read no gamma ahead of their wait, and the q and k
-kernels did not issue all loads first. Only the H100's are of the present ones.
+The runs on the H200 are of earlier kernels: they read no gamma ahead of their wait, the q and k
+kernels did not issue all loads first, and other configurations ran. Only the H100's are of the
+present ones.
 """
 MEANS = """
 `of copy` is the time of the copy over ours, at 4096 tokens and more: the lowest over all sizes.
