@@ -3,8 +3,8 @@
 Figures from H100s (benchmarks/norms.py times the result). How many warps share a row fixes the
 order of its sum, so it depends on the row alone. Everything that depends on the number of rows
 changes no bit. Programs that keep gamma in registers and take one row after another, with loads
-pipelined through shared memory or not, were slower than one program a row wherever tried (1024 and
-4096 rows).
+pipelined through shared memory or not, were slower than one program a row wherever tried (1024,
+4096 and 16384 rows).
 """
 
 from __future__ import annotations
@@ -63,12 +63,14 @@ def row_config(operator: str, fp8: bool, row_bytes: int, rows: int) -> RowConfig
     many = rows > _MANY_ROWS
     sandwich = operator == "rms_norm_add_rms_norm" and 8192 < row_bytes <= 12288
     late_gamma = _one_wave(operator, fp8, row_bytes, rows) or (many and sandwich)
+    together = _together(operator, fp8, row_bytes, rows)
     only_x = alone and operator == "rms_norm"  # is loaded after the wait
+    paired = together > 1 and rows <= 2 * _LONE_ROWS
     return RowConfig(
         warps=warps_per_row(row_bytes),
-        together=_together(operator, fp8, row_bytes, rows),
+        together=together,
         pdl=_signal(operator, fp8, row_bytes, rows),
-        fence=not (only_x or _pair(operator, row_bytes, rows)),
+        fence=not (only_x or paired),
         gamma=FIRST.value if alone else LAST.value if late_gamma else WITH_ROWS.value,
         store=".cg" if many and row_bytes > 2048 else "",
     )
@@ -84,24 +86,19 @@ def _together(operator: str, fp8: bool, row_bytes: int, rows: int) -> int:
     """Rows in one program."""
     if row_bytes % 16:
         return 1  # rows that miss 16-byte alignment are laid out by how many share a program
-    if rows > _CROWDED_ROWS and row_bytes <= 2560:
+    if rows > _CROWDED_ROWS and warps_per_row(row_bytes) == 1:
         if operator == "rms_norm":
             return 2 if fp8 else 4
         return 4 if row_bytes <= 1536 and not fp8 else 1
-    if _pair(operator, row_bytes, rows) or _one_wave(operator, fp8, row_bytes, rows):
-        return 2
-    return 1
-
-
-def _pair(operator: str, row_bytes: int, rows: int) -> bool:
-    """Whether one row a program would leave some SMs a third one and others only their first."""
-    add = operator == "add_rms_norm" and row_bytes > 12288
-    return add and row_bytes % 16 == 0 and _LONE_ROWS < rows <= 2 * _LONE_ROWS
+    # One row a program would leave some SMs a third one and others only their first.
+    pair = operator == "add_rms_norm" and row_bytes > 12288
+    pair = pair and _LONE_ROWS < rows <= 2 * _LONE_ROWS
+    return 2 if pair or _one_wave(operator, fp8, row_bytes, rows) else 1
 
 
 def _signal(operator: str, fp8: bool, row_bytes: int, rows: int) -> int:
     """When the next kernel may start. A queue of early ones would crowd onto a few SMs."""
-    if row_bytes <= 2560:
+    if warps_per_row(row_bytes) == 1:
         sandwich = operator == "rms_norm_add_rms_norm" and rows <= _MANY_ROWS
         late = rows > 64 and (fp8 or sandwich)
     elif rows <= _LONE_ROWS:
