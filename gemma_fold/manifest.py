@@ -6,9 +6,10 @@ bytes it came from; `docs/format.md` describes every key.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from gemma_fold.rules import Fold
 FORMAT = 1
 MODEL_TYPE = "gemma_fold"
 ARCHITECTURE_PREFIX = "GemmaFold"
+CONVERTED, SAVED = "convert", "save_pretrained"
+_OWN_DIGEST = b',\n  "sha256": "%s"\n}\n'
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +97,23 @@ class FoldedTensor:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file of the source. `header` is the original safetensors header of a rewritten file."""
+    """A file of the source.
+
+    Attributes:
+        name: relative to the folder.
+        size: in bytes.
+        sha256: of the whole file, where it is known.
+        header: the original safetensors header of a rewritten weight file.
+        folded_header: sha256 of the header it has since, with the 8 bytes before it.
+        tensors: sha256 of each tensor of a rewritten weight file that was not folded.
+    """
 
     name: str
     size: int
     sha256: str | None = None
     header: str | None = None
+    folded_header: str | None = None
+    tensors: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         value: dict[str, Any] = {"size": self.size}
@@ -107,6 +121,10 @@ class SourceFile:
             value["sha256"] = self.sha256
         if self.header is not None:
             value["header"] = self.header
+        if self.folded_header is not None:
+            value["folded_header"] = self.folded_header
+        if self.tensors is not None:
+            value["tensors"] = dict(self.tensors)
         return value
 
     @classmethod
@@ -117,12 +135,30 @@ class SourceFile:
             size=int(value["size"]),
             sha256=None if sha256 is None else str(sha256),
             header=None if header is None else str(header),
+            folded_header=value.get("folded_header"),
+            tensors=value.get("tensors"),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The parsed `gemma_fold.json`."""
+    """The parsed `gemma_fold.json`.
+
+    Attributes:
+        origin: where the source came from.
+        model_type: of the source.
+        tensor_lock: whether gammas are [H, 1].
+        config: the source's config.json, verbatim.
+        index: its weight index, verbatim.
+        index_name: that file's name.
+        files: every file of the source.
+        directories: its folders.
+        tensors: every tensor that was folded.
+        made_by: what wrote the folder: `CONVERTED` can be made again from its source.
+        written: sha256 of the texts that were made anew, config.json and the weight index, by name.
+        version: of the gemma-fold that wrote it.
+        intact: whether the text is what was written, by its own digest; None where it has none.
+    """
 
     origin: Origin
     model_type: str
@@ -133,7 +169,18 @@ class Manifest:
     files: Mapping[str, SourceFile]
     directories: tuple[str, ...]
     tensors: Mapping[str, FoldedTensor]
+    made_by: str = ""
+    written: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
+    intact: bool | None = None
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether every byte of the source is known by a digest."""
+        return all(
+            file.sha256 is not None if file.header is None else file.tensors is not None
+            for file in self.files.values()
+        )
 
     def to_bytes(self) -> bytes:
         """The JSON text, one line per tensor and file so that it can be read and compared."""
@@ -145,17 +192,29 @@ class Manifest:
                 "repo_id": self.origin.repo_id,
                 "commit": self.origin.commit,
             },
+            "made_by": self.made_by,
             "model_type": self.model_type,
             "tensor_lock": self.tensor_lock,
             "config": self.config,
             "index_name": self.index_name,
             "index": self.index,
             "directories": list(self.directories),
+            "written": dict(self.written),
         }
         lines = [f"  {_dump(key)}: {_dump(value)}" for key, value in head.items()]
         lines.append(_block("files", {n: f.to_json() for n, f in self.files.items()}))
         lines.append(_block("tensors", {n: t.to_json() for n, t in self.tensors.items()}))
-        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        body = ("{\n" + ",\n".join(lines)).encode()
+        return body + _OWN_DIGEST % hashlib.sha256(body).hexdigest().encode()
+
+
+def _is_intact(raw: bytes) -> bool | None:
+    """Whether a manifest's own digest, its last line, is that of the bytes before it."""
+    body = raw[: -len(_OWN_DIGEST % (b"0" * 64))]
+    expected = body + _OWN_DIGEST % hashlib.sha256(body).hexdigest().encode()
+    if b'"sha256"' not in raw[len(body) :]:
+        return None
+    return raw == expected
 
 
 def _dump(value: Any) -> str:
@@ -196,7 +255,10 @@ def read_manifest(folder: Path) -> Manifest:
             files={n: SourceFile.from_json(n, f) for n, f in value["files"].items()},
             directories=tuple(map(str, value["directories"])),
             tensors={n: FoldedTensor.from_json(n, t) for n, t in value["tensors"].items()},
+            made_by=str(value.get("made_by", "")),
+            written=dict(value.get("written", {})),
             version=str(value["version"]),
+            intact=_is_intact(raw),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(

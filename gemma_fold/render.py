@@ -128,8 +128,11 @@ def verification(report: VerifyReport) -> str:
     if len(report.problems) > 20:
         lines.append(f"... and {len(report.problems) - 20} more")
     if report.ok:
-        compared = human_size(report.bytes_compared)
-        rest = f"; {compared} compared equal with the source" if report.bytes_compared else ""
+        rest = ""
+        if report.bytes_compared:
+            rest = f"; {human_size(report.bytes_compared)} compared equal with the source"
+        elif report.bytes_proven:
+            rest = f"; {human_size(report.bytes_proven)} have the digests taken at conversion"
         lines.append(f"ok: format, locks, manifest and {report.tensors} gammas{rest}")
     return "\n".join(lines)
 

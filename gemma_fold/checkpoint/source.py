@@ -84,6 +84,13 @@ class Checkpoint:
         """Every tensor's shape by name."""
         return {t.name: t.shape for file in self.weights for t in file.header.tensors.values()}
 
+    def paths(self) -> list[Path]:
+        """Every file and folder of the checkpoint, as it is reached; some may be links."""
+        names = [CONFIG, *([self.index_name] if self.index_name else [])]
+        names += [file.name for file in self.weights]
+        names += [*self.others, *self.directories, *self.skipped]
+        return [self.root / name for name in names]
+
     @property
     def size(self) -> int:
         """Bytes of all files together."""
