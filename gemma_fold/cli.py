@@ -275,7 +275,10 @@ def serve(
 
 
 def _print(as_json: bool, plain: Callable[[], Any], text: Callable[[], str]) -> None:
-    click.echo(json.dumps(plain(), indent=2, default=str) if as_json else text())
+    from gemma_fold.render import printable
+
+    found = json.dumps(plain(), indent=2, default=str) if as_json else text()
+    click.echo(printable(found, sys.stdout.encoding))
 
 
 def _plain(report: Any) -> dict[str, Any]:
@@ -304,5 +307,8 @@ def main() -> None:
 
 
 def _fail(message: str, exit_code: int) -> None:
-    click.echo(f"gemma-fold: {message}", err=True)
+    from gemma_fold.render import printable
+
+    line = printable(f"gemma-fold: {message}", sys.stderr.encoding, one_line=True)
+    click.echo(line, err=True)
     sys.exit(exit_code)

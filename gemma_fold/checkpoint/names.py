@@ -69,9 +69,15 @@ def unsafe_reason(name: str) -> str | None:
     return next(filter(None, map(_unsafe_part, name.split("/"))), None)
 
 
-def shown(name: str) -> str:
-    """`name` for a message: quoted, escaped, and cut where it is long."""
-    return repr(name if len(name) <= 80 else name[:80] + "...")
+def shown(value: object) -> str:
+    """Something from a file for a message: quoted, escaped, and cut where it is long."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else value[:80] + "...")
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a nested {type(value).__name__}"
+    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def _unsafe_part(part: str) -> str | None:
