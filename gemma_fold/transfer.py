@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gemma_fold.checkpoint.copy import Copier, data_runs
 from gemma_fold.checkpoint.digest import Digester, Part, whole
+from gemma_fold.checkpoint.journal import Done
 from gemma_fold.checkpoint.layout import Run
 from gemma_fold.checkpoint.source import FileState
 from gemma_fold.checkpoint.staging import Staging
@@ -69,7 +70,7 @@ class Transfer:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file that is made here."""
-        if not self._begin(name, len(data)):
+        if self._begin(name, len(data)) is None:
             self._staging.write(name, data)
             self._progress.advance(len(data))
 
@@ -82,7 +83,9 @@ class Transfer:
         size: int,
         parts: Iterable[Part],
     ) -> None:
-        if self._begin(name, size):
+        done = self._begin(name, size)
+        if done is not None:
+            self.digests[name] = done.digests
             return
         digests: dict[str, str] = {}
         with (
@@ -102,24 +105,22 @@ class Transfer:
 
     def _copy_data(self, source: int, target: int, run: Run) -> None:
         """Copy what a run holds; its holes stay holes, since the target was made anew."""
-        done = 0
+        left = run.length
         for part in data_runs(source, run):
-            self._progress.advance(part.source - run.source - done)
             self._copier.copy(
                 source, part.source, target, part.target, part.length, self._progress.advance
             )
-            done = part.source - run.source + part.length
-        self._progress.advance(run.length - done)
+            left -= part.length
+        if left:
+            self._progress.advance(left)
 
-    def _begin(self, name: str, size: int) -> bool:
+    def _begin(self, name: str, size: int) -> Done | None:
         self._number += 1
         self._progress.file(name, self._number)
         done = self._staging.done(name)
-        if done is None:
-            return False
-        self.digests[name] = done.digests
-        self._progress.advance(size)
-        return True
+        if done is not None:
+            self._progress.advance(size)
+        return done
 
     @contextmanager
     def _open_source(self, name: str, state: FileState) -> Iterator[int]:
