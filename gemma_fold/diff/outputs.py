@@ -207,7 +207,7 @@ def _counts(sides: npt.NDArray[np.bool_]) -> tuple[int, int]:
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.inf if value >= 700 else math.exp(value)
 
 
 def _standard_error(values: Floats) -> float:
