@@ -297,6 +297,24 @@ def test_the_divergence_of_other_lists_is_bounded_from_below() -> None:
             assert (bound <= true * (1 + 1e-9)).all() and (bound > 0).all()
 
 
+def test_tokens_that_one_side_does_not_list_are_no_likelier_than_those_it_lists() -> None:
+    def position(top: dict[str, float]) -> Position:
+        return Position("t", math.log(0.05), {name: math.log(p) for name, p in top.items()})
+
+    rows = compare_positions(
+        [[position({"a": 0.7, "b": 0.2})]], [[position({"c": 0.7, "d": 0.2, "t": 0.05})]]
+    )
+    # Both lists hold 0.9, and what the other side gives those tokens is at most twice 0.2: search
+    # it. "t" is as likely on both sides and adds nothing.
+    free = np.linspace(1e-6, 0.4, 100_001)
+    forward = 0.9 * np.log(0.9 / free) + 0.05 * np.log(0.05 / (0.95 - free))
+    backward = free * np.log(free / 0.9) + (0.95 - free) * np.log((0.95 - free) / 0.05)
+    expected = max(forward.min(), backward.min())
+    assert expected > 0.9
+    assert rows.kl_ab == pytest.approx(expected, rel=1e-6)
+    assert rows.kl_ba == pytest.approx(expected, rel=1e-6)
+
+
 # --- all logits ----------------------------------------------------------------------------------
 
 
