@@ -49,10 +49,13 @@ def unfold(
     plan = hashlib.sha256(manifest.to_bytes() + os.fsencode(os.path.realpath(root))).hexdigest()
     if not (settle(target) == plan and resume):
         check_replaceable(target, None)
-        moved = _write(checkpoint, manifest, target, plan, resume, restart, progress or Progress())
+        moved, notes = _write(
+            checkpoint, manifest, target, plan, resume, restart, progress or Progress()
+        )
     else:
-        moved = {}
+        moved, notes = {}, ()
     warnings = [
+        *notes,
         f"{name} was not in the source and is left out"
         for name in sorted(set(checkpoint.others) - set(manifest.files) - {MANIFEST})
     ]
@@ -84,7 +87,7 @@ def _write(
     resume: bool,
     restart: bool,
     progress: Progress,
-) -> dict[str, int]:
+) -> tuple[dict[str, int], tuple[str, ...]]:
     size = _size(manifest)
     with (
         open_digester() as digester,
@@ -110,7 +113,7 @@ def _write(
         proof.begin(CONFIG, *_expected(manifest, CONFIG))
         proof.finish()
         progress.finish()
-    return transfer.moved
+    return transfer.moved, staging.notes
 
 
 def _expected(manifest: Manifest, name: str) -> tuple[tuple[Part, ...], dict[str, str]]:

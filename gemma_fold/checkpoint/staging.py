@@ -65,10 +65,12 @@ def settle(out: Path) -> str | None:
         return None
     with _explained(path), open_folder(path.parent) as parent, _locked(parent, path) as work:
         entries = read_journal(work)
-        place = _Place(parent, work, Path(os.path.realpath(out)))
-        if entries is None or not place.settle(entries):
+        if entries is None:
+            if not work.names() or is_torn_marker(work):
+                remove_work_folder(parent, work)  # its run died while it made or removed it
             return None
-        return entries.plan
+        place = _Place(parent, work, Path(os.path.realpath(out)))
+        return entries.plan if place.settle(entries) else None
 
 
 @dataclass(slots=True)
