@@ -54,8 +54,8 @@ def unfold(
         )
     else:
         moved, notes = {}, ()
-    warnings = [
-        *notes,
+    warnings = list(notes)
+    warnings += [
         f"{name} was not in the source and is left out"
         for name in sorted(set(checkpoint.others) - set(manifest.files) - {MANIFEST})
     ]
