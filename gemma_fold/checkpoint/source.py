@@ -26,7 +26,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 #: Bookkeeping of version control and of downloads: true of the source folder only.
 SKIPPED_DIRECTORIES = frozenset({".git", ".cache"})
-_MOST_FILES = 100_000  # links to folders may lead to any number of them
+_MOST_FILES = 20_000  # links to folders may lead to any number of them
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 
