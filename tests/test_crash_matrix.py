@@ -66,9 +66,15 @@ def play(shim: Path, folder: Path, scenes: Sequence[str], *arguments: str) -> li
         output, errors = driver.communicate()
         assert output, errors
         reports.append(json.loads(output))
-    show(reports)
-    assert [failure for found in reports for failure in found["failures"]] == []
+    check(reports)
     return reports
+
+
+def check(reports: Sequence[dict[str, Any]]) -> None:
+    """No trial may have found a problem."""
+    show(reports)
+    failures = [failure for found in reports for failure in found["failures"]]
+    assert not failures, f"{len(failures)} trials failed:\n" + "\n".join(failures[:20])
 
 
 def show(reports: Sequence[dict[str, Any]]) -> None:
@@ -120,6 +126,15 @@ def test_the_shim_sees_the_calls_that_matter(shim: Path, tmp_path: Path) -> None
 def test_everything(shim: Path, tmp_path: Path) -> None:
     reports = play(shim, tmp_path, list(SCENES), "--every", "16")
     assert sum(found["trials"] for found in reports) > 5000
+
+
+@pytest.mark.slow
+def test_save_pretrained(shim: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    driver = start(shim, tmp_path, "--save", "--every", "24", "--thin", "2")
+    output, errors = driver.communicate()
+    assert output, errors
+    check([json.loads(output)])
 
 
 @pytest.mark.slow

@@ -61,7 +61,9 @@ def save_folded(
     for option, advice in _UNSUPPORTED.items():
         if given.get(option):
             raise UsageError(f"a folded model cannot be saved with {option}; {advice}")
-    (folder / MANIFEST).unlink(missing_ok=True)
+    # The last two are what a save that was killed left: no file of the model.
+    for path in (folder / MANIFEST, _temporary(folder / MANIFEST), _temporary(folder / CONFIG)):
+        path.unlink(missing_ok=True)
     save_pretrained(*arguments.args, **arguments.kwargs)
     if given.get("is_main_process", True) and (folder / CONFIG).is_file():
         names = _names_on_disk(model, original_names=given.get("save_original_format", True))
@@ -174,7 +176,11 @@ def _describe(file: WeightFile, name: str, rule: TensorRule, storage: str) -> Fo
     )
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".partial")
+    temporary = _temporary(path)
     temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from checkpoints import write_checkpoint
 
-from crash.scenes import OUT, SCENES, Yard
+from crash.scenes import OUT, SCENES, Scene, Yard
 from crash.shim import FAULTS, SKIP_SYNC, Call, control
 from crash.trees import tree
 from crash.trials import Bench, Trial, fitting
@@ -72,14 +72,13 @@ def set_up(folder: Path) -> Bench:
 
 
 def play(
-    bench: Bench, scenes: list[str], faults: list[str], *, every: int, thin: int
+    bench: Bench, scenes: list[Scene], faults: list[str], *, every: int, thin: int
 ) -> list[Trial]:
     """Each `thin`-th trial of these scenes with these faults."""
     yard = bench.yard
     trials = []
-    for name in scenes:
-        scene = SCENES[name]
-        calls = _calls(bench, name)
+    for scene in scenes:
+        calls = _calls(bench, scene)
         for fault in (FAULTS[name] for name in faults):
             for number in fitting(calls, fault, every)[::thin]:
                 trials.append(bench.trial(scene, number, fault))
@@ -87,9 +86,9 @@ def play(
     return trials
 
 
-def _calls(bench: Bench, name: str) -> list[Call]:
-    scene = SCENES[name]
-    bench.references["new"] = reference(bench.yard, scene.wanted)
+def _calls(bench: Bench, scene: Scene) -> list[Call]:
+    if scene.wanted:
+        bench.references["new"] = reference(bench.yard, scene.wanted)
     return bench.calls(scene)
 
 
@@ -141,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scene", action="append", choices=SCENES)
+    parser.add_argument("--save", action="store_true", help="save_pretrained instead")
     parser.add_argument("--fault", action="append", choices=FAULTS)
     parser.add_argument("--every", type=int, default=1, help="of the calls that only look")
     parser.add_argument("--thin", type=int, default=1, help="keep each N-th trial")
@@ -150,10 +150,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="crash-") as folder:
         path = Path(folder).resolve()
         begin = time.monotonic()
-        bench = set_up(path)
-        scenes, faults = given.scene or [*SCENES], given.fault or [*FAULTS]
+        faults = given.fault or [*FAULTS]
+        scenes = [SCENES[name] for name in given.scene or SCENES]
+        bench: Bench
+        if given.save:
+            from crash import saving  # torch and transformers
+
+            bench, scenes = saving.set_up(path), [*saving.SCENES.values()]
+        else:
+            bench = set_up(path)
         if given.calls:
-            for call in (call for name in scenes for call in _calls(bench, name)):
+            for call in (call for scene in scenes for call in _calls(bench, scene)):
                 print(call.name, call.bits, call.path, sep="\t")
             os.chdir("/")
             return

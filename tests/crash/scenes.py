@@ -48,7 +48,7 @@ class Scene:
         name: as it is listed.
         arguments: the command under test.
         again: the command that continues it where it left something.
-        wanted: which reference it ends in, "folded" or "unfolded".
+        wanted: which reference it ends in, "folded" or "unfolded"; empty where that is known.
         old: whether an older checkpoint is at OUT to begin with.
         begun: a command that is killed first, to leave its work folder behind, and where.
         absent: whether OUT may be missing for a moment though something was there, which only
@@ -152,6 +152,8 @@ class Yard:
         folder.mkdir()
         stash.mkdir()
         source = write_checkpoint(folder / "model", shards=2)
+        for path in source.glob("*.safetensors"):  # written with a mode of the library's own
+            path.chmod((source / "config.json").stat().st_mode)
         # As in a Hub cache: a file of the source that is a link to somewhere else.
         (folder / "blobs").mkdir()
         shutil.move(source / "tokenizer.json", folder / "blobs" / "tokenizer")

@@ -125,9 +125,7 @@ class Bench:
 
     def _judge(self, scene: Scene, fault: Fault, trial: Trial) -> list[str]:
         problems = self._strayed()
-        if trial.state not in {"new", "old" if scene.old else "absent"} and not (
-            scene.absent and trial.state == "absent" and self._old_is_kept()
-        ):
+        if not self._acceptable(scene, trial):
             problems.append(f"OUT is {trial.state}")
         if trial.call is None:  # a run with fewer calls than the one before, by its threads
             problems += [f"undisturbed, but {trial.code}"] if trial.code else []
@@ -135,12 +133,41 @@ class Bench:
             if trial.code != -signal.SIGKILL:
                 problems.append(f"not killed but {trial.code}")
         elif trial.code == 0:
-            problems += _wrongly_content(fault, trial)
+            problems += self._wrongly_content(fault, trial)
         elif fault.harmless:
             problems.append(f"gave up with {trial.code} for no reason: {trial.text.strip()!r}")
         else:
-            problems += _complaint(trial)
+            problems += self._complaint(trial)
         return problems
+
+    def _wrongly_content(self, fault: Fault, trial: Trial) -> list[str]:
+        """Success must be one, and what is left or was not synced must be said."""
+        problems = []
+        if trial.state != "new":
+            problems.append(f"exit code 0, but OUT is {trial.state}")
+        if trial.left and WORK not in trial.text:
+            problems.append(f"exit code 0 without a word, but {WORK} is left")
+        synced = trial.call is not None and trial.call.name in ("fsync", "fdatasync")
+        if synced and not fault.harmless and not self._reported(trial, fault):
+            problems.append("exit code 0 without a word, but a sync failed")
+        return problems
+
+    def _acceptable(self, scene: Scene, trial: Trial) -> bool:
+        if trial.state == "absent" and scene.absent:
+            return self._old_is_kept()
+        return trial.state in {"new", "old" if scene.old else "absent"}
+
+    def _complaint(self, trial: Trial) -> list[str]:
+        """An error is one line on stderr and exit code 2."""
+        text = trial.text.strip()
+        problems = [f"exit code {trial.code}"] if trial.code != 2 else []
+        if not text.startswith("gemma-fold: ") or "\n" in text:
+            problems.append(f"not one line: {text[-400:]!r}")
+        return problems
+
+    def _reported(self, trial: Trial, fault: Fault) -> bool:
+        """Whether a success that leaves something undone says so."""
+        return os.strerror(fault.code) in trial.text
 
     def _old_is_kept(self) -> bool:
         kept = self.yard.folder / WORK / "old"
@@ -162,30 +189,6 @@ class Bench:
         if (self.yard.folder / WORK).exists():
             problems.append(f"{WORK} is left")
         return problems
-
-
-def _wrongly_content(fault: Fault, trial: Trial) -> list[str]:
-    """Success must be one, and what is left or was not synced must be said."""
-    problems = []
-    if trial.state != "new":
-        problems.append(f"exit code 0, but OUT is {trial.state}")
-    if trial.left and WORK not in trial.text:
-        problems.append(f"exit code 0 without a word, but {WORK} is left")
-    synced = trial.call is not None and trial.call.name in ("fsync", "fdatasync")
-    if synced and not fault.harmless and os.strerror(fault.code) not in trial.text:
-        problems.append("exit code 0 without a word, but a sync failed")
-    return problems
-
-
-def _complaint(trial: Trial) -> list[str]:
-    """An error is one line on stderr, exit code 2, and tells how to go on if there is something."""
-    text = trial.text.strip()
-    problems = []
-    if trial.code != 2:
-        problems.append(f"exit code {trial.code}")
-    if not text.startswith("gemma-fold: ") or "\n" in text:
-        problems.append(f"not one line: {text[-400:]!r}")
-    return problems
 
 
 def _be_child(runner: Runner, arguments: tuple[str, ...], output: int) -> None:
