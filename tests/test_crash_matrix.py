@@ -1,4 +1,8 @@
-"""Every command, killed or failed at every one of its file system calls (tests/crash)."""
+"""Every command, killed or failed at every one of its file system calls (tests/crash).
+
+The counts of trials are printed (pytest -s) and, with CRASH_MATRIX_JSON=FILE in the environment,
+appended to that file.
+"""
 
 from __future__ import annotations
 
@@ -61,11 +65,9 @@ def play(shim: Path, folder: Path, scenes: Sequence[str], *arguments: str) -> li
         start(shim, folder, *(word for scene in share for word in ("--scene", scene)), *arguments)
         for share in shares
     ]
-    reports = []
-    for driver in drivers:
-        output, errors = driver.communicate()
-        assert output, errors
-        reports.append(json.loads(output))
+    ends = [driver.communicate() for driver in drivers]
+    assert all(output for output, _ in ends), [errors for _, errors in ends]
+    reports = [json.loads(output) for output, _ in ends]
     check(reports)
     return reports
 
