@@ -70,7 +70,19 @@ def inspect(source: str, as_json: bool) -> None:
 @click.option("-o", "--out", required=True, metavar="OUT", help="Folder to create.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--force", is_flag=True, help="Start over; replace OUT if it is a folded checkpoint.")
+@click.option("--restart", is_flag=True, help="Discard an interrupted run and start over.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace OUT if it is a folded checkpoint that convert made, and nothing else; "
+    "an interrupted run is started over.",
+)
+@click.option(
+    "--no-digest",
+    is_flag=True,
+    help="Take no sha256 of the files, so that a reflinked copy reads only the norms. "
+    "verify and unfold can then check the norms alone.",
+)
 @click.option(
     "--no-tensor-lock",
     is_flag=True,
@@ -83,7 +95,9 @@ def convert(
     out: str,
     dry_run: bool,
     resume: bool,
+    restart: bool,
     force: bool,
+    no_digest: bool,
     no_tensor_lock: bool,
     as_json: bool,
 ) -> None:
@@ -105,7 +119,9 @@ def convert(
         out,
         tensor_lock=not no_tensor_lock,
         resume=resume,
+        restart=restart,
         force=force,
+        digest=not no_digest,
         dry_run=dry_run,
         progress=render.ProgressBar("folding"),
     )
@@ -140,9 +156,9 @@ def verify(folded: str, against: str | None, as_json: bool) -> None:
 @click.argument("folded")
 @click.option("-o", "--out", required=True, metavar="OUT", help="Folder to create.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--force", is_flag=True, help="Start an interrupted run over.")
+@click.option("--restart", is_flag=True, help="Discard an interrupted run and start over.")
 @_json_option
-def unfold(folded: str, out: str, resume: bool, force: bool, as_json: bool) -> None:
+def unfold(folded: str, out: str, resume: bool, restart: bool, as_json: bool) -> None:
     """Turn the FOLDED checkpoint back into the very bytes it was made from.
 
     \b
@@ -152,7 +168,9 @@ def unfold(folded: str, out: str, resume: bool, force: bool, as_json: bool) -> N
     from gemma_fold import render
     from gemma_fold.unfold import unfold as run
 
-    report = run(folded, out, resume=resume, force=force, progress=render.ProgressBar("unfolding"))
+    report = run(
+        folded, out, resume=resume, restart=restart, progress=render.ProgressBar("unfolding")
+    )
     _print(as_json, lambda: _plain(report), lambda: render.conversion(report, verb="unfolded"))
 
 
@@ -257,7 +275,10 @@ def serve(
 
 
 def _print(as_json: bool, plain: Callable[[], Any], text: Callable[[], str]) -> None:
-    click.echo(json.dumps(plain(), indent=2, default=str) if as_json else text())
+    from gemma_fold.render import printable
+
+    found = json.dumps(plain(), indent=2, default=str) if as_json else text()
+    click.echo(printable(found, sys.stdout.encoding))
 
 
 def _plain(report: Any) -> dict[str, Any]:
@@ -286,5 +307,8 @@ def main() -> None:
 
 
 def _fail(message: str, exit_code: int) -> None:
-    click.echo(f"gemma-fold: {message}", err=True)
+    from gemma_fold.render import printable
+
+    line = printable(f"gemma-fold: {message}", sys.stderr.encoding, one_line=True)
+    click.echo(line, err=True)
     sys.exit(exit_code)

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_fold.checkpoint import hub
-from gemma_fold.checkpoint.output import check_space, check_target, open_staging
+from gemma_fold.checkpoint.digest import open_digester, tensor_parts
 from gemma_fold.checkpoint.source import CONFIG, MANIFEST, Checkpoint, Origin, open_checkpoint
+from gemma_fold.checkpoint.staging import Staging, open_staging, settle, work_folder
+from gemma_fold.checkpoint.target import check_replaceable, check_target
+from gemma_fold.errors import CheckpointError, UsageError
+from gemma_fold.manifest import CONVERTED, read_manifest
 from gemma_fold.plan import Plan, WeightPlan, plan_conversion
 from gemma_fold.progress import Progress
 from gemma_fold.transfer import Transfer
@@ -56,7 +60,9 @@ def convert(
     *,
     tensor_lock: bool = True,
     resume: bool = False,
+    restart: bool = False,
     force: bool = False,
+    digest: bool = True,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -65,6 +71,19 @@ def convert(
     Every zero-centred norm weight w becomes float32 gamma = 1 + w (or the family's own offset)
     under its own name, with shape [H, 1], or [H] without `tensor_lock`; every other tensor and
     file keeps its bytes. `out` is absent or complete at any moment.
+
+    Args:
+        source: a folder or a Hub id.
+        out: the folder to make.
+        tensor_lock: write gammas as [H, 1], which loaders unaware of the fold refuse.
+        resume: continue an interrupted run.
+        restart: discard an interrupted run and begin anew.
+        force: replace `out` where it is a folded checkpoint that `convert` made, and holds nothing
+            else; it stays in place until the new one is complete. An interrupted run is discarded.
+        digest: take the sha256 of every byte, for `verify` and `unfold`. Without, a reflinked copy
+            reads nothing but the norms.
+        dry_run: check everything, write nothing.
+        progress: receives events.
 
     Raises:
         UnsupportedModelError, NothingToFoldError: no rule covers this model.
@@ -75,24 +94,65 @@ def convert(
     """
     checkpoint = load_source(source)
     target = Path(out)
-    check_target(checkpoint.root, target, marker=MANIFEST if force else None)
+    check_target(checkpoint.root, checkpoint.paths(), target, _removable(target, force=force))
+    finished = None if dry_run else settle(target)
     plan = plan_conversion(checkpoint, tensor_lock=tensor_lock)
+    plan_id, size = plan.digest(digests_taken=digest), plan.size(digests_taken=digest)
+    if resume and finished == plan_id:
+        return _report(plan, target, size, {}, ())
+    replaced = check_replaceable(target, _replaceable(target) if force else None)
     if dry_run:
-        return _report(plan, target, {})
-    check_space(target.parent, plan.size)
+        return _report(plan, target, size, {}, ())
     progress = progress or Progress()
-    with open_staging(target, plan.digest(), resume=resume, force=force) as staging:
-        transfer = Transfer(checkpoint.root, staging, progress)
-        progress.start(plan.size, _file_count(plan))
+    with (
+        open_digester() as digester,
+        open_staging(
+            target,
+            plan_id,
+            size=size,
+            resume=resume,
+            restart=restart or force,
+            replaced=replaced,
+        ) as staging,
+    ):
+        transfer = Transfer(checkpoint.root, staging, progress, digester if digest else None)
+        progress.start(size, _file_count(plan))
         for item in plan.weights:
             _write_folded(transfer, item)
-        _copy_others(transfer, plan.checkpoint, staging.path)
+        _copy_others(transfer, plan.checkpoint, staging)
         if plan.index is not None and checkpoint.index_name is not None:
             transfer.write(checkpoint.index_name, plan.index)
-        transfer.write(MANIFEST, plan.manifest_raw)
         transfer.write(CONFIG, plan.config)
+        transfer.write(MANIFEST, plan.proven_manifest(transfer.digests if digest else {}))
         progress.finish()
-    return _report(plan, target, transfer.moved)
+    return _report(plan, target, size, transfer.moved, staging.notes)
+
+
+def _removable(out: Path, *, force: bool) -> list[Path]:
+    """Folders whose content a run may remove."""
+    return [work_folder(out), *([out] if force and out.is_dir() else [])]
+
+
+def _replaceable(out: Path) -> frozenset[str] | None:
+    """The files of the folded checkpoint at `out`; None where `out` is absent or empty.
+
+    Raises UsageError where something else is there, or a checkpoint that cannot be made again.
+    """
+    if not out.is_dir() or not any(out.iterdir()):
+        return None
+    try:
+        manifest = read_manifest(out)
+    except CheckpointError as error:
+        raise UsageError(
+            f"{out} is not empty and holds no folded checkpoint, so it is not replaced ({error}); "
+            "name a new folder"
+        ) from error
+    if manifest.made_by != CONVERTED:
+        raise UsageError(
+            f"{out} was not made by `gemma-fold convert` and may be the only one of its kind, so "
+            "it is not replaced; name a new folder"
+        )
+    return frozenset({*manifest.files, CONFIG, MANIFEST})
 
 
 def _file_count(plan: Plan) -> int:
@@ -112,17 +172,20 @@ def _write_folded(transfer: Transfer, item: WeightPlan) -> None:
         runs=layout.runs,
         patches={layout.offset(name): gamma for name, gamma in item.gammas.items()},
         size=layout.size,
+        parts=tensor_parts(file.header, item.gammas),
     )
 
 
-def _copy_others(transfer: Transfer, checkpoint: Checkpoint, staging: Path) -> None:
+def _copy_others(transfer: Transfer, checkpoint: Checkpoint, staging: Staging) -> None:
     for name in checkpoint.directories:
-        (staging / name).mkdir(parents=True, exist_ok=True)
+        staging.folder.make(name)
     for name, state in checkpoint.others.items():
         transfer.copy(name, state)
 
 
-def _report(plan: Plan, out: Path, copied: Mapping[str, int]) -> Report:
+def _report(
+    plan: Plan, out: Path, size: int, copied: Mapping[str, int], notes: tuple[str, ...]
+) -> Report:
     tensors = plan.manifest.tensors.values()
     return Report(
         out=out,
@@ -130,7 +193,7 @@ def _report(plan: Plan, out: Path, copied: Mapping[str, int]) -> Report:
         tensors=len(tensors),
         elements=sum(tensor.shape[0] for tensor in tensors),
         files=_file_count(plan),
-        size=plan.size,
+        size=size,
         copied=copied,
-        warnings=plan.warnings,
+        warnings=(*plan.warnings, *notes),
     )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from gemma_fold.checkpoint.fields import Fields
 from gemma_fold.errors import CheckpointError
 from gemma_fold.rules import Fold
 
@@ -24,6 +25,7 @@ _BITS: dict[str, np.dtype[np.generic]] = {
     "F16": np.dtype("<u2"),
     "F32": np.dtype("<u4"),
 }
+FOLDABLE_DTYPES = tuple(_BITS)
 
 
 def is_foldable_dtype(dtype: str) -> bool:
@@ -87,13 +89,29 @@ class Exceptions:
         return {"count": self.count, "index": index, "bits": base64.b64encode(self.bits).decode()}
 
     @classmethod
-    def from_json(cls, value: dict[str, object]) -> Exceptions:
-        """Inverse of `to_json`; TypeError, KeyError or ValueError on anything else."""
-        count, index, bits = value["count"], value["index"], value["bits"]
-        if not isinstance(count, int) or not isinstance(bits, str):
-            raise TypeError("exceptions need an integer count and base64 bits")
-        decoded = None if index is None else base64.b64decode(str(index), validate=True)
-        return cls(count, decoded, base64.b64decode(bits, validate=True))
+    def from_json(cls, value: Fields, elements: int, dtype: str) -> Exceptions:
+        """Inverse of `to_json` for a tensor of so many elements; CheckpointError if it is not."""
+        width = _BITS[dtype].itemsize
+        found = cls(
+            value.integer("count", elements),
+            value.optional("index", value.base64),
+            value.base64("bits"),
+        )
+        listed = elements if found.index is None else found.count
+        if len(found.bits) != listed * width:
+            raise value.error("bits", f"base64 of {listed} elements of {dtype}")
+        if found.index is None:
+            return found
+        index = np.frombuffer(found.index, "<u4") if len(found.index) == 4 * listed else None
+        if index is None or not _ascend(index, elements):
+            raise value.error("index", f"base64 of {listed} ascending positions below {elements}")
+        return found
+
+
+def _ascend(index: npt.NDArray[np.uint32], below: int) -> bool:
+    if not index.size:
+        return True
+    return int(index[-1]) < below and bool(np.all(index[1:] > index[:-1]))
 
 
 def find_exceptions(raw: bytes, dtype: str, gamma: Float32, rule: Fold) -> Exceptions | None:

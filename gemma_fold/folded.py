@@ -25,6 +25,10 @@ def open_folded(folder: Path) -> tuple[Checkpoint, Manifest]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist; give a folded checkpoint's folder")
     manifest = read_manifest(folder)
+    if manifest.intact is False:
+        raise CheckpointError(
+            f"{folder / MANIFEST} was changed since it was written; fold the original again"
+        )
     checkpoint = open_checkpoint(folder, manifest.origin)
     base_config(folder)
     files = {file.name: file for file in checkpoint.weights}

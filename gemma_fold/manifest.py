@@ -6,21 +6,29 @@ bytes it came from; `docs/format.md` describes every key.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from gemma_fold._version import __version__
-from gemma_fold.checkpoint.source import CONFIG, MANIFEST, Origin, parse_json_object
+from gemma_fold.checkpoint.fields import Fields, parse_json_object
+from gemma_fold.checkpoint.names import check_name, shown
+from gemma_fold.checkpoint.source import CONFIG, MANIFEST, Origin, check_config, read_small
+from gemma_fold.consistency import check_consistent
 from gemma_fold.errors import CheckpointError
-from gemma_fold.fold import Exceptions
+from gemma_fold.fold import FOLDABLE_DTYPES, Exceptions
 from gemma_fold.rules import Fold
+from gemma_fold.rules.model import NormName, Rounding
 
 FORMAT = 1
 MODEL_TYPE = "gemma_fold"
 ARCHITECTURE_PREFIX = "GemmaFold"
+CONVERTED, SAVED = "convert", "save_pretrained"
+_OWN_DIGEST = b',\n  "sha256": "%s"\n}\n'
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,35 +79,51 @@ class FoldedTensor:
         return value
 
     @classmethod
-    def from_json(cls, name: str, value: Mapping[str, Any]) -> FoldedTensor:
-        exceptions = value.get("exceptions")
+    def from_json(cls, name: str, value: Fields) -> FoldedTensor:
+        """Inverse of `to_json`; CheckpointError names the first field that is wrong."""
+        shape = value.integers("shape", 1)
+        dtype = value.choice("dtype", tuple(FOLDABLE_DTYPES))
+        exceptions = value.optional("exceptions", value.map)
         return cls(
             name=name,
-            file=str(value["file"]),
-            family=str(value["family"]),
-            pattern=str(value["pattern"]),
+            file=check_name(value.text("file"), value.where),
+            family=value.text("family"),
+            pattern=value.text("pattern"),
             fold=Fold(
-                norm=value["norm"],
-                offset=float(value["offset"]),
-                add_dtype=value["add_dtype"],
-                mul_dtype=value["mul_dtype"],
+                norm=cast(NormName, value.choice("norm", get_args(NormName))),
+                offset=value.number("offset"),
+                add_dtype=cast(Rounding, value.choice("add_dtype", get_args(Rounding))),
+                mul_dtype=cast(Rounding, value.choice("mul_dtype", get_args(Rounding))),
             ),
-            shape=tuple(int(extent) for extent in value["shape"]),
-            dtype=str(value["dtype"]),
-            sha256=str(value["sha256"]),
-            non_finite=int(value.get("non_finite", 0)),
-            exceptions=Exceptions.from_json(exceptions) if exceptions else None,
+            shape=shape,
+            dtype=dtype,
+            sha256=value.sha256("sha256"),
+            non_finite=value.integer("non_finite", shape[0], default=0),
+            exceptions=None
+            if exceptions is None
+            else Exceptions.from_json(exceptions, shape[0], dtype),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file of the source. `header` is the original safetensors header of a rewritten file."""
+    """A file of the source.
+
+    Attributes:
+        name: relative to the folder.
+        size: in bytes.
+        sha256: of the whole file, where it is known.
+        header: the original safetensors header of a rewritten weight file.
+        folded_header: sha256 of the header it has since, with the 8 bytes before it.
+        tensors: sha256 of each tensor of a rewritten weight file that was not folded.
+    """
 
     name: str
     size: int
     sha256: str | None = None
     header: str | None = None
+    folded_header: str | None = None
+    tensors: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         value: dict[str, Any] = {"size": self.size}
@@ -107,22 +131,44 @@ class SourceFile:
             value["sha256"] = self.sha256
         if self.header is not None:
             value["header"] = self.header
+        if self.folded_header is not None:
+            value["folded_header"] = self.folded_header
+        if self.tensors is not None:
+            value["tensors"] = dict(self.tensors)
         return value
 
     @classmethod
-    def from_json(cls, name: str, value: Mapping[str, Any]) -> SourceFile:
-        sha256, header = value.get("sha256"), value.get("header")
+    def from_json(cls, name: str, value: Fields) -> SourceFile:
+        """Inverse of `to_json`; CheckpointError names the first field that is wrong."""
         return cls(
-            name=name,
-            size=int(value["size"]),
-            sha256=None if sha256 is None else str(sha256),
-            header=None if header is None else str(header),
+            name=check_name(name, value.where),
+            size=value.integer("size"),
+            sha256=value.optional("sha256", value.sha256),
+            header=value.optional("header", value.text),
+            folded_header=value.optional("folded_header", value.sha256),
+            tensors=value.optional("tensors", value.sha256s),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The parsed `gemma_fold.json`."""
+    """The parsed `gemma_fold.json`.
+
+    Attributes:
+        origin: where the source came from.
+        model_type: of the source.
+        tensor_lock: whether gammas are [H, 1].
+        config: the source's config.json, verbatim.
+        index: its weight index, verbatim.
+        index_name: that file's name.
+        files: every file of the source.
+        directories: its folders.
+        tensors: every tensor that was folded.
+        made_by: what wrote the folder: `CONVERTED` can be made again from its source.
+        written: sha256 of the texts that were made anew, config.json and the weight index, by name.
+        version: of the gemma-fold that wrote it.
+        intact: whether the text is what was written, by its own digest; None where it has none.
+    """
 
     origin: Origin
     model_type: str
@@ -133,7 +179,18 @@ class Manifest:
     files: Mapping[str, SourceFile]
     directories: tuple[str, ...]
     tensors: Mapping[str, FoldedTensor]
+    made_by: str = ""
+    written: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
+    intact: bool | None = None
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether every byte of the source is known by a digest."""
+        return all(
+            file.sha256 is not None if file.header is None else file.tensors is not None
+            for file in self.files.values()
+        )
 
     def to_bytes(self) -> bytes:
         """The JSON text, one line per tensor and file so that it can be read and compared."""
@@ -145,17 +202,29 @@ class Manifest:
                 "repo_id": self.origin.repo_id,
                 "commit": self.origin.commit,
             },
+            "made_by": self.made_by,
             "model_type": self.model_type,
             "tensor_lock": self.tensor_lock,
             "config": self.config,
             "index_name": self.index_name,
             "index": self.index,
             "directories": list(self.directories),
+            "written": dict(self.written),
         }
         lines = [f"  {_dump(key)}: {_dump(value)}" for key, value in head.items()]
         lines.append(_block("files", {n: f.to_json() for n, f in self.files.items()}))
         lines.append(_block("tensors", {n: t.to_json() for n, t in self.tensors.items()}))
-        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        body = ("{\n" + ",\n".join(lines)).encode()
+        return body + _OWN_DIGEST % hashlib.sha256(body).hexdigest().encode()
+
+
+def _is_intact(raw: bytes) -> bool | None:
+    """Whether a manifest's own digest, its last line, is that of the bytes before it."""
+    body = raw[: -len(_OWN_DIGEST % (b"0" * 64))]
+    expected = body + _OWN_DIGEST % hashlib.sha256(body).hexdigest().encode()
+    if b'"sha256"' not in raw[len(body) :]:
+        return None
+    return raw == expected
 
 
 def _dump(value: Any) -> str:
@@ -174,53 +243,54 @@ def read_manifest(folder: Path) -> Manifest:
     damaged.
     """
     path = folder / MANIFEST
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         raise CheckpointError(
             f"{folder} has no {MANIFEST}, so it is not a folded checkpoint; "
             "make one with `gemma-fold convert`"
-        ) from None
-    value = parse_json_object(raw, path)
-    check_format(value.get("format"), path)
-    try:
-        _check_names([*value["files"], *value["directories"]], path)
-        source = value["source"]
-        return Manifest(
-            origin=Origin(str(source["name"]), source["repo_id"], source["commit"]),
-            model_type=str(value["model_type"]),
-            tensor_lock=bool(value["tensor_lock"]),
-            config=str(value["config"]),
-            index=value["index"],
-            index_name=value["index_name"],
-            files={n: SourceFile.from_json(n, f) for n, f in value["files"].items()},
-            directories=tuple(map(str, value["directories"])),
-            tensors={n: FoldedTensor.from_json(n, t) for n, t in value["tensors"].items()},
-            version=str(value["version"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {error}); fold the original again"
-        ) from error
+    return parse_manifest(read_small(path), path)
 
 
-def _check_names(names: list[str], where: Path) -> None:
-    """A manifest from elsewhere must not make `unfold` write outside its folder."""
-    for name in names:
-        parts = name.split("/")
-        if not name or name.startswith("/") or ".." in parts or "\\" in name:
-            raise CheckpointError(
-                f"{where} points outside the folder, to {name!r}; do not trust this checkpoint"
-            )
+def parse_manifest(raw: bytes, where: Path | str) -> Manifest:
+    """Parse the bytes of a `gemma_fold.json`; every value has its type, and they fit together.
+
+    Raises CheckpointError that names the first field that is wrong.
+    """
+    document = parse_json_object(raw, where)
+    check_format(document.get("format"), where)
+    value = Fields(document, where)
+    source = value.map("source")
+    manifest = Manifest(
+        origin=Origin(
+            source.text("name"),
+            source.optional("repo_id", source.text),
+            source.optional("commit", source.text),
+        ),
+        model_type=value.text("model_type"),
+        tensor_lock=value.flag("tensor_lock"),
+        config=value.text("config"),
+        index=value.optional("index", value.text),
+        index_name=value.optional("index_name", value.text),
+        files={n: SourceFile.from_json(n, f) for n, f in value.map("files").items("file")},
+        directories=tuple(check_name(name, where) for name in value.texts("directories")),
+        tensors={n: FoldedTensor.from_json(n, t) for n, t in value.map("tensors").items("tensor")},
+        made_by=value.optional("made_by", value.text) or "",
+        written=value.optional("written", value.sha256s) or {},
+        version=value.text("version"),
+        intact=_is_intact(raw),
+    )
+    check_consistent(manifest, where)
+    return manifest
 
 
-def check_format(found: object, where: Path) -> None:
+def check_format(found: object, where: Path | str) -> None:
     """CheckpointError unless `found` is the format number this version reads."""
-    if found == FORMAT:
+    number = found if type(found) is int else 0  # by exact type, since True equals 1
+    if number == FORMAT:
         return
-    if isinstance(found, int) and found > FORMAT:
+    if number > FORMAT:
         raise CheckpointError(
-            f"{where} is format {found}, written by a later gemma-fold; "
+            f"{where} is format {shown(number)}, written by a later gemma-fold; "
             f"this is {__version__}, which reads format {FORMAT}: upgrade gemma-fold"
         )
     raise CheckpointError(f"{where} names no format this version knows; fold the original again")
@@ -256,10 +326,7 @@ def folded_config(
 def base_config(folder: Path) -> dict[str, Any]:
     """The original config inside a folded checkpoint's `config.json`; CheckpointError if none."""
     path = folder / CONFIG
-    try:
-        config = parse_json_object(path.read_bytes(), path)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    config = parse_json_object(read_small(path), path)
     if config.get("model_type") != MODEL_TYPE or not isinstance(config.get(MODEL_TYPE), dict):
         raise CheckpointError(f"{path} does not carry the gemma_fold config; it was replaced")
     return unwrap_config(config, path)
@@ -271,4 +338,4 @@ def unwrap_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
     check_format(block.get("format") if isinstance(block, dict) else None, where)
     if not isinstance(base, dict):
         raise CheckpointError(f"{where} has lost its base_config; fold the original again")
-    return base
+    return check_config(base, f"base_config of {where}")

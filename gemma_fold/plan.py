@@ -6,8 +6,9 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from gemma_fold.checkpoint.digest import tensor_parts, whole
 from gemma_fold.checkpoint.header import TensorEntry
 from gemma_fold.checkpoint.hub import cached_sha256
 from gemma_fold.checkpoint.layout import Layout, replace_tensors
@@ -21,10 +22,12 @@ from gemma_fold.checkpoint.source import (
 )
 from gemma_fold.errors import AlreadyFoldedError, CheckpointError
 from gemma_fold.fold import count_non_finite, find_exceptions, fold, is_foldable_dtype
-from gemma_fold.manifest import FoldedTensor, Manifest, SourceFile, folded_config
+from gemma_fold.manifest import CONVERTED, FoldedTensor, Manifest, SourceFile, folded_config
 from gemma_fold.rules import Classification, TensorRule, classify
 
 _OTHER_WEIGHTS = re.compile(r"(pytorch_model|model|consolidated)[^/]*\.(bin|pt|pth)|[^/]*\.gguf")
+_NO_DIGEST = "0" * 64
+_FILE = whole(0)
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -49,27 +52,62 @@ class Plan:
     checkpoint: Checkpoint
     classification: Classification
     manifest: Manifest
-    manifest_raw: bytes
     config: bytes
     index: bytes | None
     weights: tuple[WeightPlan, ...]
     warnings: tuple[str, ...]
 
-    @property
-    def size(self) -> int:
+    def size(self, *, digests_taken: bool) -> int:
         """Bytes that the folded checkpoint will occupy."""
-        texts = len(self.config) + len(self.index or b"") + len(self.manifest_raw)
+        texts = len(self.config) + len(self.index or b"")
         others = sum(state.size for state in self.checkpoint.others.values())
-        return sum(item.size for item in self.weights) + others + texts
+        files = sum(item.size for item in self.weights) + others + texts
+        return files + len(self.proven_manifest(self._no_digests() if digests_taken else {}))
 
-    def digest(self) -> str:
+    def _no_digests(self) -> dict[str, dict[str, str]]:
+        """Digests of the right length for everything that will get one."""
+        digests = {
+            item.file.name: {
+                part.name: _NO_DIGEST
+                for part in (tensor_parts(item.file.header, item.gammas) if item.layout else _FILE)
+            }
+            for item in self.weights
+        }
+        known = {name: self.manifest.files[name].sha256 for name in self.checkpoint.others}
+        return digests | {name: {"": sha256 or _NO_DIGEST} for name, sha256 in known.items()}
+
+    def digest(self, *, digests_taken: bool) -> str:
         """Changes whenever anything about the source, the result or this version changes."""
-        digest = hashlib.sha256(self.manifest_raw)
-        digest.update(os.path.realpath(self.checkpoint.root).encode())
+        digest = hashlib.sha256(self.manifest.to_bytes())
+        digest.update(os.fsencode(os.path.realpath(self.checkpoint.root)))
         states = {item.file.name: item.file.state for item in self.weights}
         states.update(self.checkpoint.others)
-        digest.update(repr(sorted(states.items())).encode())
+        digest.update(repr((sorted(states.items()), digests_taken)).encode())
         return digest.hexdigest()
+
+    def proven_manifest(self, digests: Mapping[str, Mapping[str, str]]) -> bytes:
+        """The manifest's text with the digests that were taken, by file and part.
+
+        Raises CheckpointError where a file is not what the Hub's cache says it is.
+        """
+        files = dict(self.manifest.files)
+        layouts = {item.file.name: item.layout for item in self.weights}
+        for name, parts in digests.items():
+            file = files[name]
+            layout = layouts.get(name)
+            if layout is not None:
+                header = len(layout.header).to_bytes(8, "little") + layout.header
+                files[name] = replace(
+                    file, folded_header=hashlib.sha256(header).hexdigest(), tensors=parts
+                )
+                continue
+            if parts[""] != _NO_DIGEST and file.sha256 not in (None, parts[""]):
+                raise CheckpointError(
+                    f"{self.checkpoint.root / name} is not what was downloaded: its sha256 is "
+                    f"{parts['']}, not {file.sha256}; delete it and download it again"
+                )
+            files[name] = replace(file, sha256=parts[""])
+        return replace(self.manifest, files=files).to_bytes()
 
 
 def plan_conversion(checkpoint: Checkpoint, *, tensor_lock: bool = True) -> Plan:
@@ -102,14 +140,16 @@ def plan_conversion(checkpoint: Checkpoint, *, tensor_lock: bool = True) -> Plan
         tensors=len(tensors),
         tensor_lock=tensor_lock,
     )
-    manifest = _manifest(checkpoint, classification, weights, tensors, tensor_lock=tensor_lock)
+    index = resized_index(checkpoint, growth)
+    manifest = _manifest(
+        checkpoint, classification, weights, tensors, config, index, tensor_lock=tensor_lock
+    )
     return Plan(
         checkpoint=checkpoint,
         classification=classification,
         manifest=manifest,
-        manifest_raw=manifest.to_bytes(),
         config=config,
-        index=resized_index(checkpoint, growth),
+        index=index,
         weights=tuple(weights),
         warnings=tuple(_warnings(checkpoint, classification, tensors)),
     )
@@ -194,14 +234,19 @@ def _manifest(
     classification: Classification,
     weights: list[WeightPlan],
     tensors: dict[str, FoldedTensor],
+    folded_config: bytes,
+    folded_index: bytes | None,
     *,
     tensor_lock: bool,
 ) -> Manifest:
     config, index = checkpoint.config_raw, checkpoint.index_raw
+    written = {CONFIG: hashlib.sha256(folded_config).hexdigest()}
     files = {CONFIG: SourceFile(CONFIG, len(config), hashlib.sha256(config).hexdigest())}
     if index is not None and checkpoint.index_name is not None:
         name = checkpoint.index_name
         files[name] = SourceFile(name, len(index), hashlib.sha256(index).hexdigest())
+        if folded_index is not None:
+            written[name] = hashlib.sha256(folded_index).hexdigest()
     for item in weights:
         header = item.file.header.raw.decode() if item.layout else None
         name, size = item.file.name, item.file.state.size
@@ -218,6 +263,8 @@ def _manifest(
         files=files,
         directories=checkpoint.directories,
         tensors=tensors,
+        made_by=CONVERTED,
+        written=written,
     )
 
 

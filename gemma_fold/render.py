@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,23 @@ if TYPE_CHECKING:
     from gemma_fold.inspection import Group, Inspection
     from gemma_fold.verify import VerifyReport
 
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL_IN_LINE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _NORM_NAMES = {
     "rms_norm": "RMSNorm",
     "layer_norm": "LayerNorm",
     "grouped_rms_norm": "grouped RMSNorm",
 }
+
+
+def printable(text: str, encoding: str = "utf-8", *, one_line: bool = False) -> str:
+    """`text` as the terminal can show it; whatever it cannot, or must not act on, is escaped.
+
+    Names from files may hold control characters, and paths bytes that are no text at all.
+    """
+    control = _CONTROL if one_line else _CONTROL_IN_LINE
+    escaped = control.sub(lambda found: repr(found[0])[1:-1], text)
+    return escaped.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
 
 
 def human_size(size: float) -> str:
@@ -128,8 +141,11 @@ def verification(report: VerifyReport) -> str:
     if len(report.problems) > 20:
         lines.append(f"... and {len(report.problems) - 20} more")
     if report.ok:
-        compared = human_size(report.bytes_compared)
-        rest = f"; {compared} compared equal with the source" if report.bytes_compared else ""
+        rest = ""
+        if report.bytes_compared:
+            rest = f"; {human_size(report.bytes_compared)} compared equal with the source"
+        elif report.bytes_proven:
+            rest = f"; {human_size(report.bytes_proven)} have the digests taken at conversion"
         lines.append(f"ok: format, locks, manifest and {report.tensors} gammas{rest}")
     return "\n".join(lines)
 

@@ -7,22 +7,36 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from gemma_fold.checkpoint.copy import Copier
+from gemma_fold.checkpoint.copy import Copier, data_runs
+from gemma_fold.checkpoint.digest import Digester, Part, whole
 from gemma_fold.checkpoint.layout import Run
-from gemma_fold.checkpoint.output import Staging
 from gemma_fold.checkpoint.source import FileState
+from gemma_fold.checkpoint.staging import Staging
 from gemma_fold.errors import CheckpointError
 from gemma_fold.progress import Progress
 
 
 class Transfer:
-    """Moves files from one folder into a staging folder and reports progress."""
+    """Moves files from one folder into a staging folder and reports progress.
 
-    def __init__(self, source: Path, staging: Staging, progress: Progress) -> None:
+    Attributes:
+        digests: sha256 of the source's bytes, by file and the names of its parts; empty without a
+            digester.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        staging: Staging,
+        progress: Progress,
+        digester: Digester | None = None,
+    ) -> None:
+        self.digests: dict[str, Mapping[str, str]] = {}
         self._copier = Copier()
         self._source = source
         self._staging = staging
         self._progress = progress
+        self._digester = digester
         self._number = 0
 
     @property
@@ -32,10 +46,8 @@ class Transfer:
 
     def copy(self, name: str, state: FileState) -> None:
         """Copy a whole file, unless an earlier run did."""
-        if self._begin(name, state.size):
-            return
-        with self._open_source(name, state) as source, self._staging.create(name) as target:
-            self._copier.copy(source, 0, target, 0, state.size, self._progress.advance)
+        everything = (Run(0, 0, state.size),)
+        self._fill(name, state, everything, {}, state.size, whole(state.size))
 
     def patch(
         self,
@@ -46,19 +58,14 @@ class Transfer:
         runs: Iterable[Run],
         patches: Mapping[int, bytes],
         size: int,
+        parts: Iterable[Part] = (),
     ) -> None:
-        """Write a safetensors file: `header`, `patches` by file offset, and copied `runs`."""
-        if self._begin(name, size):
-            return
-        with self._open_source(name, state) as source, self._staging.create(name) as target:
-            os.ftruncate(target, size)
-            for run in runs:
-                self._copier.copy(
-                    source, run.source, target, run.target, run.length, self._progress.advance
-                )
-            for offset, data in {0: len(header).to_bytes(8, "little") + header, **patches}.items():
-                _write_at(target, offset, data)
-                self._progress.advance(len(data))
+        """Write a safetensors file: `header`, `patches` by file offset, and copied `runs`.
+
+        `parts` of the source file are digested meanwhile.
+        """
+        written = {0: len(header).to_bytes(8, "little") + header, **patches}
+        self._fill(name, state, runs, written, size, parts)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file that is made here."""
@@ -66,13 +73,53 @@ class Transfer:
             self._staging.write(name, data)
             self._progress.advance(len(data))
 
+    def _fill(
+        self,
+        name: str,
+        state: FileState,
+        runs: Iterable[Run],
+        patches: Mapping[int, bytes],
+        size: int,
+        parts: Iterable[Part],
+    ) -> None:
+        if self._begin(name, size):
+            return
+        digests: dict[str, str] = {}
+        with (
+            self._open_source(name, state) as source,
+            self._staging.create(name, digests) as target,
+        ):
+            pending = self._digester.submit(source, parts) if self._digester else None
+            os.ftruncate(target, size)
+            for run in runs:
+                self._copy_data(source, target, run)
+            for offset, data in patches.items():
+                _write_at(target, offset, data)
+                self._progress.advance(len(data))
+            if pending is not None:
+                digests.update(pending.result())
+        self.digests[name] = digests
+
+    def _copy_data(self, source: int, target: int, run: Run) -> None:
+        """Copy what a run holds; its holes stay holes, since the target was made anew."""
+        done = 0
+        for part in data_runs(source, run):
+            self._progress.advance(part.source - run.source - done)
+            self._copier.copy(
+                source, part.source, target, part.target, part.length, self._progress.advance
+            )
+            done = part.source - run.source + part.length
+        self._progress.advance(run.length - done)
+
     def _begin(self, name: str, size: int) -> bool:
         self._number += 1
         self._progress.file(name, self._number)
-        done = self._staging.is_done(name)
-        if done:
-            self._progress.advance(size)
-        return done
+        done = self._staging.done(name)
+        if done is None:
+            return False
+        self.digests[name] = done.digests
+        self._progress.advance(size)
+        return True
 
     @contextmanager
     def _open_source(self, name: str, state: FileState) -> Iterator[int]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 
-from gemma_fold.checkpoint.output import check_space, check_target, open_staging
-from gemma_fold.checkpoint.source import CONFIG, MANIFEST, WeightFile, read_tensor
+from gemma_fold.checkpoint.digest import Digester, Part, open_digester, tensor_parts, whole
+from gemma_fold.checkpoint.source import CONFIG, MANIFEST, Checkpoint, WeightFile, read_tensor
+from gemma_fold.checkpoint.staging import Staging, open_staging, settle, work_folder
+from gemma_fold.checkpoint.target import check_replaceable, check_target
 from gemma_fold.convert import Report
-from gemma_fold.folded import (
-    open_folded,
-    original_header,
-    restore,
-    untouched_runs,
-)
-from gemma_fold.manifest import Manifest, SourceFile
+from gemma_fold.errors import CheckpointError
+from gemma_fold.folded import open_folded, original_header, restore, untouched_runs
+from gemma_fold.manifest import Manifest
 from gemma_fold.progress import Progress
 from gemma_fold.transfer import Transfer
 
@@ -25,56 +25,137 @@ def unfold(
     out: str | os.PathLike[str],
     *,
     resume: bool = False,
-    force: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Write the source tree of the folded checkpoint `folded` into `out`, byte for byte.
 
-    `force` starts an interrupted run over; a non-empty `out` is never replaced. Raises as
-    `convert` does, and CheckpointError where a gamma was changed since the conversion.
+    What was written is read back and compared with the source's digests before `out` appears.
+
+    Args:
+        folded: the folded checkpoint's folder.
+        out: the folder to make; one that is not empty is never replaced.
+        resume: continue an interrupted run.
+        restart: discard an interrupted run and begin anew.
+        progress: receives events.
+
+    Raises:
+        CheckpointError: a byte that the source had was changed since the conversion.
+        UsageError, EnvironmentProblem: as `convert`.
     """
     root, target = Path(folded), Path(out)
     checkpoint, manifest = open_folded(root)
-    check_target(root, target, marker=None)
-    weights = [
-        (file, manifest.files[file.name])
-        for file in checkpoint.weights
-        if file.name in manifest.files
+    check_target(root, checkpoint.paths(), target, [work_folder(target)])
+    plan = hashlib.sha256(manifest.to_bytes() + os.fsencode(os.path.realpath(root))).hexdigest()
+    if not (settle(target) == plan and resume):
+        check_replaceable(target, None)
+        moved = _write(checkpoint, manifest, target, plan, resume, restart, progress or Progress())
+    else:
+        moved = {}
+    warnings = [
+        f"{name} was not in the source and is left out"
+        for name in sorted(set(checkpoint.others) - set(manifest.files) - {MANIFEST})
     ]
-    others = {name: s for name, s in checkpoint.others.items() if name in manifest.files}
-    size = sum(file.size for file in manifest.files.values())
-    check_space(target.parent, size)
-    plan = hashlib.sha256(manifest.to_bytes() + os.path.realpath(root).encode()).hexdigest()
-    progress = progress or Progress()
-    with open_staging(target, plan, resume=resume, force=force) as staging:
-        transfer = Transfer(root, staging, progress)
-        progress.start(size, len(manifest.files))
-        for name in manifest.directories:
-            (staging.path / name).mkdir(parents=True, exist_ok=True)
-        for file, original in weights:
-            _write_unfolded(transfer, file, original, manifest)
-        for name, state in others.items():
-            transfer.copy(name, state)
-        if manifest.index_name is not None and manifest.index is not None:
-            transfer.write(manifest.index_name, manifest.index.encode())
-        transfer.write(CONFIG, manifest.config.encode())
-        progress.finish()
-    extra = sorted(set(checkpoint.others) - set(manifest.files) - {MANIFEST})
+    if not manifest.has_digests:
+        warnings.append(
+            "converted without digests: the norms are the source's, the rest could not be checked"
+        )
     return Report(
         out=target,
         model_type=manifest.model_type,
         tensors=len(manifest.tensors),
         elements=sum(tensor.shape[0] for tensor in manifest.tensors.values()),
         files=len(manifest.files),
-        size=size,
-        copied=transfer.moved,
-        warnings=tuple(f"{name} was not in the source and is left out" for name in extra),
+        size=_size(manifest),
+        copied=moved,
+        warnings=tuple(warnings),
     )
 
 
-def _write_unfolded(
-    transfer: Transfer, file: WeightFile, original: SourceFile, manifest: Manifest
-) -> None:
+def _size(manifest: Manifest) -> int:
+    return sum(file.size for file in manifest.files.values())
+
+
+def _write(
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    target: Path,
+    plan: str,
+    resume: bool,
+    restart: bool,
+    progress: Progress,
+) -> dict[str, int]:
+    size = _size(manifest)
+    with (
+        open_digester() as digester,
+        open_staging(target, plan, size=size, resume=resume, restart=restart) as staging,
+    ):
+        proof = _Proof(staging, digester)
+        transfer = Transfer(checkpoint.root, staging, progress)
+        progress.start(size, len(manifest.files))
+        for name in manifest.directories:
+            staging.folder.make(name)
+        for file in checkpoint.weights:
+            if file.name in manifest.files:
+                _write_unfolded(transfer, file, manifest)
+                proof.begin(file.name, *_expected(manifest, file.name))
+        for name, state in checkpoint.others.items():
+            if name in manifest.files:
+                transfer.copy(name, state)
+                proof.begin(name, *_expected(manifest, name))
+        if manifest.index_name is not None and manifest.index is not None:
+            transfer.write(manifest.index_name, manifest.index.encode())
+            proof.begin(manifest.index_name, *_expected(manifest, manifest.index_name))
+        transfer.write(CONFIG, manifest.config.encode())
+        proof.begin(CONFIG, *_expected(manifest, CONFIG))
+        proof.finish()
+        progress.finish()
+    return transfer.moved
+
+
+def _expected(manifest: Manifest, name: str) -> tuple[tuple[Part, ...], dict[str, str]]:
+    """The parts of a source file of which a digest is known, and the digests."""
+    file = manifest.files[name]
+    if file.header is None:
+        digests = {} if file.sha256 is None else {"": file.sha256}
+        return (whole(file.size) if digests else ()), digests
+    digests = dict(file.tensors or {})
+    digests |= {t.name: t.sha256 for t in manifest.tensors.values() if t.file == name}
+    header = original_header(file)
+    return tensor_parts(header, header.tensors.keys() - digests.keys()), digests
+
+
+class _Proof:
+    """Reads what was written back, on the other core, and compares it with the source's digests."""
+
+    def __init__(self, staging: Staging, digester: Digester) -> None:
+        self._staging = staging
+        self._digester = digester
+        self._pending: list[tuple[str, Mapping[str, str], Future[dict[str, str]]]] = []
+
+    def begin(self, name: str, parts: tuple[Part, ...], expected: Mapping[str, str]) -> None:
+        """Begin with a file that is written."""
+        descriptor = self._staging.folder.read(name)
+        try:
+            self._pending.append((name, expected, self._digester.submit(descriptor, parts)))
+        finally:
+            os.close(descriptor)
+
+    def finish(self) -> None:
+        """CheckpointError where a byte is not the source's."""
+        for name, expected, pending in self._pending:
+            found = pending.result()
+            wrong = [part for part in found if found[part] != expected[part]]
+            if wrong:
+                what = f"tensor {wrong[0]} of {name}" if wrong[0] else name
+                raise CheckpointError(
+                    f"{what} is not what the source had: the folded checkpoint was changed or is "
+                    "damaged; `gemma-fold verify` says where. Fold the original again"
+                )
+
+
+def _write_unfolded(transfer: Transfer, file: WeightFile, manifest: Manifest) -> None:
+    original = manifest.files[file.name]
     if original.header is None:
         transfer.copy(file.name, file.state)
         return

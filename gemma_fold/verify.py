@@ -18,6 +18,7 @@ from gemma_fold.checkpoint.source import (
     read_tensor,
 )
 from gemma_fold.convert import load_source
+from gemma_fold.digests import Digests
 from gemma_fold.errors import CheckpointError
 from gemma_fold.fold import fold
 from gemma_fold.folded import (
@@ -40,12 +41,14 @@ class VerifyReport:
     Attributes:
         tensors: folded tensors whose gamma was recomputed from the restored original bits.
         bytes_compared: bytes found equal to the source's; 0 without a source.
+        bytes_proven: bytes whose sha256 was found to be the recorded one.
         problems: what is wrong, a line each.
         notes: what is worth knowing but not wrong.
     """
 
     tensors: int
     bytes_compared: int
+    bytes_proven: int
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -61,10 +64,11 @@ def verify(
     against: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check format, locks, manifest and every gamma; with `against`, all other bytes too.
+    """Check format, locks, manifest, every gamma and every other byte.
 
     A gamma is right when the manifest's arithmetic turns it back into the bits the source had
-    (by their sha256) and folding those bits gives the gamma again.
+    (by their sha256) and folding those bits gives the gamma again. All else is compared with the
+    digests taken at conversion, or with the source itself where `against` names it.
 
     Raises CheckpointError where `folded` is no folded checkpoint at all, or `against` is damaged.
     """
@@ -74,7 +78,7 @@ def verify(
     try:
         checkpoint, manifest = open_folded(root)
     except CheckpointError as error:
-        return VerifyReport(0, 0, (str(error),), ())
+        return VerifyReport(0, 0, 0, (str(error),), ())
     problems = [
         *_check_config(root, manifest),
         *_check_rules(manifest),
@@ -82,14 +86,24 @@ def verify(
         *_check_files(checkpoint, manifest),
         *_check_gammas(checkpoint, manifest),
     ]
+    proven = 0
+    if source is None and not problems:
+        digests = Digests(checkpoint, manifest, progress or Progress())
+        problems = list(digests.check())
+        proven = digests.checked
     compared = 0
     if source is not None and not problems:
         comparison = _Comparison(checkpoint, manifest, source, progress or Progress())
         problems = list(comparison.run())
         compared = comparison.compared
     extra = sorted(set(checkpoint.others) - set(manifest.files) - {MANIFEST})
-    notes = tuple(f"{name} was not in the source" for name in extra)
-    return VerifyReport(len(manifest.tensors), compared, tuple(problems), notes)
+    notes = [f"{name} was not in the source" for name in extra]
+    if source is None and not manifest.has_digests:
+        notes.append(
+            "converted without digests: only the norms, config and index could be checked; "
+            "use --against for the rest"
+        )
+    return VerifyReport(len(manifest.tensors), compared, proven, tuple(problems), tuple(notes))
 
 
 def _check_config(root: Path, manifest: Manifest) -> Iterator[str]:

@@ -21,11 +21,12 @@ import os
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
+from gemma_fold.checkpoint.layout import Run
 from gemma_fold.errors import CheckpointError, EnvironmentProblem, GemmaFoldError
 
 STEP = 64 * 2**20
@@ -202,6 +203,25 @@ class Copier:
             self._moved[method] += count
             if progress is not None:
                 progress(count)
+
+
+def data_runs(src: int, run: Run) -> Iterator[Run]:
+    """The parts of `run` that hold data; what lies between them are holes, which read as zeros.
+
+    A file system that knows no holes calls everything data (lseek(2), SEEK_DATA).
+    """
+    position, end = run.source, run.source + run.length
+    while position < end:
+        try:
+            begin = os.lseek(src, position, os.SEEK_DATA)
+            stop = min(end, os.lseek(src, begin, os.SEEK_HOLE)) if begin < end else end
+        except OSError as error:
+            if error.errno == errno.ENXIO and position < os.fstat(src).st_size:
+                return  # nothing but a hole up to the end of the file
+            begin, stop = position, end  # not known, or beyond the end: the copy finds out
+        if begin < end:
+            yield Run(begin, begin - run.source + run.target, stop - begin)
+        position = stop
 
 
 def _clonable(span: _Span) -> tuple[int, int]:

@@ -20,6 +20,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gemma_fold.checkpoint.fields import first_repeated
+from gemma_fold.checkpoint.names import shown
 from gemma_fold.errors import CheckpointError, EnvironmentProblem
 
 MAX_HEADER_SIZE = 100_000_000
@@ -128,7 +130,8 @@ def read_header(path: Path) -> Header:
         EnvironmentProblem: the file exists but the system does not let us read it.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Without waiting: a named pipe would keep us until someone writes into it.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
@@ -236,9 +239,7 @@ def _decode(raw: bytes) -> dict[str, Any]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _Invalid(f"the key {twice!r} appears twice")
+        raise _Invalid(f"the key {shown(first_repeated(pairs))} appears twice")
     return value
 
 
@@ -269,28 +270,32 @@ def _metadata(value: Any) -> dict[str, str] | None:
         raise _Invalid("__metadata__ is not a map")
     for key, text in value.items():
         if type(text) is not str:
-            raise _Invalid(f"__metadata__ {key!r} is not a string")
+            raise _Invalid(f"__metadata__ {shown(key)} is not a string")
     return value
 
 
 def _entry(name: str, value: Any) -> TensorEntry:
     if type(value) is not dict:
-        raise _Invalid(f"tensor {name!r} is not described by a map")
+        raise _Invalid(f"tensor {shown(name)} is not described by a map")
     try:
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     except KeyError as error:
-        raise _Invalid(f"tensor {name!r} has no {error.args[0]}") from None
+        raise _Invalid(f"tensor {shown(name)} has no {error.args[0]}") from None
     if len(value) > 3:
         _check_extra(name, value)
     bits = _BITS.get(dtype) if type(dtype) is str else None
     if bits is None:
-        raise _Invalid(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        raise _Invalid(f"tensor {shown(name)} has the unknown dtype {shown(dtype)}")
     size = _byte_size(name, bits, shape)
     if not _are_offsets(offsets):
-        raise _Invalid(f"tensor {name!r} has the data_offsets {offsets!r}, not a begin and an end")
+        raise _Invalid(
+            f"tensor {shown(name)} has the data_offsets {shown(offsets)}, not a begin and an end"
+        )
     start, end = offsets
     if end - start != size:
-        raise _Invalid(f"tensor {name!r} of {dtype} {shape} needs {size} bytes, has {end - start}")
+        raise _Invalid(
+            f"tensor {shown(name)} of {dtype} {shown(shape)} needs {size} bytes, has {end - start}"
+        )
     return TensorEntry(name, dtype, tuple(shape), start, end)
 
 
@@ -304,20 +309,24 @@ def _are_offsets(value: Any) -> bool:
 
 def _byte_size(name: str, bits: int, shape: Any) -> int:
     if type(shape) is not list:
-        raise _Invalid(f"tensor {name!r} has the shape {shape!r}, not a list of sizes")
+        raise _Invalid(f"tensor {shown(name)} has the shape {shown(shape)}, not a list of sizes")
     total = 1
     for size in shape:
         if type(size) is not int or size < 0:
-            raise _Invalid(f"tensor {name!r} has the shape {shape!r}, not a list of sizes")
+            raise _Invalid(
+                f"tensor {shown(name)} has the shape {shown(shape)}, not a list of sizes"
+            )
         total *= size
         # At every step, as the library does: a later 0 does not make an overflow right.
         if total > _U64_MAX:
-            raise _Invalid(f"tensor {name!r} has the shape {shape}, over 64 bits of size")
+            raise _Invalid(
+                f"tensor {shown(name)} has the shape {shown(shape)}, over 64 bits of size"
+            )
     total *= bits
     if total > _U64_MAX:
-        raise _Invalid(f"tensor {name!r} has the shape {shape}, over 64 bits of size")
+        raise _Invalid(f"tensor {shown(name)} has the shape {shown(shape)}, over 64 bits of size")
     if total % 8:
-        raise _Invalid(f"tensor {name!r} of {bits}-bit elements ends inside a byte")
+        raise _Invalid(f"tensor {shown(name)} of {bits}-bit elements ends inside a byte")
     return total // 8
 
 
@@ -333,7 +342,7 @@ def _check_extra(name: str, value: dict[str, Any]) -> None:
         ]
         if not level:
             return
-    raise _Invalid(f"tensor {name!r} is described by a map nested too deeply")
+    raise _Invalid(f"tensor {shown(name)} is described by a map nested too deeply")
 
 
 def _check_tiling(tensors: Iterable[TensorEntry]) -> int:
@@ -341,9 +350,11 @@ def _check_tiling(tensors: Iterable[TensorEntry]) -> int:
     position = 0
     for tensor in sorted(tensors, key=attrgetter("start", "end")):
         if tensor.start < position:
-            raise _Invalid(f"tensor {tensor.name!r} overlaps the one before it")
+            raise _Invalid(f"tensor {shown(tensor.name)} overlaps the one before it")
         if tensor.start > position:
-            raise _Invalid(f"{tensor.start - position} bytes before tensor {tensor.name!r} unused")
+            raise _Invalid(
+                f"{tensor.start - position} bytes before tensor {shown(tensor.name)} unused"
+            )
         position = tensor.end
     return position
 

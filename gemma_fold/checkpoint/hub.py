@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_fold.checkpoint.header import Header, header_length, parse_header
+from gemma_fold.checkpoint.names import check_name
 from gemma_fold.checkpoint.source import CONFIG, INDEX_SUFFIX, parse_json_object
 from gemma_fold.errors import CheckpointError, EnvironmentProblem, GemmaFoldError, UsageError
 
@@ -92,7 +93,9 @@ def fetch_headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint
         from huggingface_hub import HfApi
 
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-        files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        files = {
+            check_name(file.rfilename, repo_id): file.size or 0 for file in info.siblings or ()
+        }
         remote = _Remote(repo_id, info.sha or "", files)
         config = remote.json(CONFIG)
         index_name = remote.index_name()

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_fold.checkpoint.fields import parse_json_object as parse_json_object
 from gemma_fold.checkpoint.header import Header, TensorEntry, read_header
+from gemma_fold.checkpoint.names import check_top_name, shown, unsafe_reason
 from gemma_fold.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -24,6 +26,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 #: Bookkeeping of version control and of downloads: true of the source folder only.
 SKIPPED_DIRECTORIES = frozenset({".git", ".cache"})
+_MOST_FILES = 100_000  # links to folders may lead to any number of them
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 
@@ -84,6 +87,13 @@ class Checkpoint:
         """Every tensor's shape by name."""
         return {t.name: t.shape for file in self.weights for t in file.header.tensors.values()}
 
+    def paths(self) -> list[Path]:
+        """Every file and folder of the checkpoint, as it is reached; some may be links."""
+        names = [CONFIG, *([self.index_name] if self.index_name else [])]
+        names += [file.name for file in self.weights]
+        names += [*self.others, *self.directories, *self.skipped]
+        return [self.root / name for name in names]
+
     @property
     def size(self) -> int:
         """Bytes of all files together."""
@@ -99,13 +109,15 @@ def open_checkpoint(path: str | os.PathLike[str], origin: Origin | None = None) 
     """
     root = Path(path)
     _check_is_model_folder(root)
-    config_raw = _read_small(root / CONFIG)
-    config = parse_json_object(config_raw, root / CONFIG)
+    config_raw = read_small(root / CONFIG)
+    config = check_config(parse_json_object(config_raw, root / CONFIG), root / CONFIG)
     others, directories, skipped = _walk(root)
     top = {name for name in others if "/" not in name}
     index_name = _find_index(root, top)
-    index_raw = _read_small(root / index_name) if index_name else None
-    mapped = _index_map(index_raw, root, index_name) if index_raw and index_name else None
+    index_raw = read_small(root / index_name) if index_name else None
+    mapped = (
+        index_map(index_raw, root / index_name) if index_raw is not None and index_name else None
+    )
     names = _weight_names(root, top, mapped)
     weights = tuple(_open_weight_file(root, name) for name in names)
     _check_agreement(weights, mapped, index_name)
@@ -123,26 +135,6 @@ def open_checkpoint(path: str | os.PathLike[str], origin: Origin | None = None) 
         directories=directories,
         skipped=skipped,
     )
-
-
-def parse_json_object(raw: bytes, where: Path | str) -> dict[str, Any]:
-    """Parse a JSON object strictly (UTF-8, no duplicate keys); CheckpointError names `where`."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            raise ValueError("a key appears twice")
-        return value
-
-    try:
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{where} is not valid JSON: {error}; fetch the file again"
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} holds no JSON object; fetch the file again")
-    return value
 
 
 def read_tensor(file: WeightFile, name: str) -> bytes:
@@ -172,7 +164,8 @@ def _origin_of(root: Path) -> Origin:
     resolved = root.absolute()
     match = _SNAPSHOT.search(resolved.as_posix())
     if match is None:
-        return Origin(resolved.name)
+        # A name that is no UTF-8 must not get into the manifest, which is.
+        return Origin(resolved.name.encode("utf-8", "backslashreplace").decode())
     repo_id = match["id"].replace("--", "/", 1)
     return Origin(repo_id, repo_id, match["commit"])
 
@@ -203,11 +196,28 @@ def _check_is_model_folder(root: Path) -> None:
         raise CheckpointError(f"{root} has no config.json, so its model type is unknown; {hint}")
 
 
-def _read_small(path: Path, limit: int = 256 << 20) -> bytes:
+def check_config(config: dict[str, Any], where: Path | str) -> dict[str, Any]:
+    """Return a config.json's content if `architectures`, which is rewritten, is a list of names."""
+    names = config.get("architectures")
+    if names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        return config
+    raise CheckpointError(
+        f"invalid architectures in {where}: expected a list of names, got {shown(names)}; "
+        "fetch the file again"
+    )
+
+
+def read_small(path: Path, limit: int = 256 << 20) -> bytes:
+    """The content of a text file; CheckpointError where it cannot be read or cannot be one."""
     try:
-        if path.stat().st_size > limit:
-            raise CheckpointError(f"{path} is too large to be a text file; fetch it again")
-        return path.read_bytes()
+        # Without waiting: a named pipe would keep us until someone writes into it.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path} is not a regular file; fetch it again")
+            if status.st_size > limit:
+                raise CheckpointError(f"{path} is too large to be a text file; fetch it again")
+            return file.read(limit)
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror}; check the file and its permissions"
@@ -219,7 +229,13 @@ def _walk(root: Path) -> tuple[dict[str, FileState], tuple[str, ...], tuple[str,
     files: dict[str, FileState] = {}
     directories: list[str] = []
     skipped: list[str] = []
-    for relative, status in _scan(root, "", frozenset({os.path.realpath(root)})):
+    scanned = _scan(root, "", frozenset({os.path.realpath(root)}))
+    for number, (relative, status) in enumerate(scanned):
+        if number == _MOST_FILES:
+            raise CheckpointError(
+                f"{root} holds more than {_MOST_FILES} files, counting what its links lead to; "
+                "remove what does not belong to the model"
+            )
         if relative.split("/")[-1] in SKIPPED_DIRECTORIES and stat.S_ISDIR(status.st_mode):
             skipped.append(relative + "/")
         elif stat.S_ISDIR(status.st_mode):
@@ -234,8 +250,20 @@ def _walk(root: Path) -> tuple[dict[str, FileState], tuple[str, ...], tuple[str,
 
 
 def _scan(root: Path, inside: str, above: frozenset[str]) -> Iterator[tuple[str, os.stat_result]]:
-    for entry in sorted(os.scandir(root / inside), key=lambda item: item.name):
+    try:
+        entries = sorted(os.scandir(root / inside), key=lambda item: item.name)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {root / inside}: {error.strerror}; check the folder's permissions"
+        ) from error
+    for entry in entries:
         relative = f"{inside}/{entry.name}" if inside else entry.name
+        reason = unsafe_reason(relative)
+        if reason is not None:
+            raise CheckpointError(
+                f"{root} holds {shown(relative)}, a name that cannot be written everywhere "
+                f"({reason}); rename it, or move it out of the checkpoint"
+            )
         try:
             status = entry.stat()
         except OSError as error:
@@ -262,19 +290,28 @@ def _find_index(root: Path, top: set[str]) -> str | None:
     )
 
 
-def _index_map(raw: bytes, root: Path, name: str) -> dict[str, str]:
-    index = parse_json_object(raw, root / name)
+def index_map(raw: bytes, where: Path | str) -> dict[str, str]:
+    """The `weight_map` of a weight index: which file at the top of the folder holds each tensor.
+
+    Raises CheckpointError that names `where` for an index that says nothing of the kind.
+    """
+    index = parse_json_object(raw, where)
     mapped = index.get("weight_map")
     if not isinstance(mapped, dict) or not all(isinstance(v, str) for v in mapped.values()):
-        raise CheckpointError(
-            f"{root / name} has no weight_map of tensor names to files; fetch it again"
-        )
+        raise CheckpointError(f"{where} has no weight_map of tensor names to files; fetch it again")
     for shard in sorted(set(mapped.values())):
-        if os.path.basename(shard) != shard or shard in ("", ".", "..") or "\\" in shard:
-            raise CheckpointError(
-                f"{root / name} points outside the folder, to {shard!r}; "
-                "do not trust this checkpoint"
-            )
+        check_top_name(shard, where)
+    metadata = index.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise CheckpointError(
+            f"invalid metadata in {where}: expected a map, got {shown(metadata)}; fetch it again"
+        )
+    size = (metadata or {}).get("total_size")
+    if size is not None and not (type(size) in (int, float) and 0 <= size < 2**63):
+        raise CheckpointError(
+            f"invalid total_size in {where}: expected a number of bytes, got {shown(size)}; "
+            "fetch it again"
+        )
     return mapped
 
 

@@ -55,7 +55,7 @@ def classify(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     try:
         if FOLDED_MODEL_TYPE in (model_type, *config):
             raise _Folded("config.json says so")
-        nodes = tuple(build_tree(config, model_type))
+        nodes = build_tree(config, model_type)
         found = _Found()
         for node in nodes:
             _match(node, names, shapes, found)
@@ -182,10 +182,11 @@ def _conclude(
 ) -> Classification:
     rules: dict[str, TensorRule] = {}
     unclassified: list[str] = []
+    lengths = sorted({len(prefix) for prefix in found.areas}, reverse=True)
     for template, members in names.items():
         known = found.rules.get(template)
         limit = found.limits.get(template)
-        area = _area(template, found.areas)
+        area = _area(template, found.areas, lengths)
         other = TensorRule(Kind.OTHER, area.family if area else model_type, template)
         known = known and replace(known, pattern=template)
         area = area and replace(area, pattern=template)
@@ -224,10 +225,14 @@ def _within(name: str, limit: int | None) -> bool:
     return index is None or int(index[0]) < limit
 
 
-def _area(name: str, areas: Mapping[str, TensorRule | None]) -> TensorRule | None:
-    """The rule of the innermost area that `name` lies in."""
-    prefixes = [prefix for prefix in areas if name.startswith(prefix)]
-    return areas[max(prefixes, key=len)] if prefixes else None
+def _area(
+    name: str, areas: Mapping[str, TensorRule | None], lengths: list[int]
+) -> TensorRule | None:
+    """The rule of the innermost area that `name` lies in; `lengths` of all areas, longest first."""
+    for length in lengths:
+        if length <= len(name) and name[:length] in areas:
+            return areas[name[:length]]
+    return None
 
 
 def _verdict(

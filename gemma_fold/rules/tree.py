@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from gemma_fold.rules.row import Config, Family, Norm, Plain, expand, lookup
 from gemma_fold.rules.table import BY_ARCHITECTURE, BY_MODEL_TYPE
 
-#: A config that nests wrappers deeper than this is broken; real ones nest three.
-_MOST_PREFIXES = 10_000
+# A config that goes beyond these is broken; real ones nest three models.
+_MOST_PREFIXES = 1000
+_MOST_MODELS = 64
+_DEEPEST = 16
+_PATTERN = re.compile(r"[{},]")
 
 
 class Refused(Exception):
@@ -45,22 +50,29 @@ def identify(config: Config) -> str:
     return ""
 
 
-def build_tree(
-    config: Config, model_type: str, bases: tuple[str, ...] = ("",), where: str = "config.json"
-) -> Iterator[Node]:
+def build_tree(config: Config, model_type: str) -> tuple[Node, ...]:
     """All nodes, the models inside first and the whole last.
 
     Raises Refused where a `model_type` has no row, or its row refuses it.
     """
+    nodes = tuple(islice(_nodes(config, model_type, ("",), "config.json", 0), _MOST_MODELS + 1))
+    if len(nodes) > _MOST_MODELS:
+        raise Refused(f"config.json describes more than {_MOST_MODELS} models in one")
+    return nodes
+
+
+def _nodes(
+    config: Config, model_type: str, bases: tuple[str, ...], where: str, depth: int
+) -> Iterator[Node]:
     layouts = _rows(config, model_type, where)
     row = layouts[0]
     if row.refuse:
         raise Refused(f"{model_type} cannot be folded: {row.refuse}")
     for key, sub, sub_type, prefixes in _parts(row, config):
         below = tuple(base + p for base in bases for prefix in prefixes for p in expand(prefix))
-        if len(below) > _MOST_PREFIXES:
+        if len(below) > _MOST_PREFIXES or depth == _DEEPEST:
             raise Refused(f"{where} nests one model in another too often to be a real config")
-        yield from build_tree(sub, sub_type, below, f"{key} of {model_type}")
+        yield from _nodes(sub, sub_type, below, f"{key} of {model_type}", depth + 1)
     yield Node(model_type, config, layouts, bases, _why_plain(row, model_type, config))
 
 
@@ -112,6 +124,8 @@ def _parts(row: Family, config: Config) -> Iterator[tuple[str, Config, str, tupl
     if row.all_plain:
         for key, sub in config.items():
             if isinstance(sub, Mapping) and isinstance(sub.get("model_type"), str):
+                if _PATTERN.search(key):
+                    raise Refused(f"config.json has a model under {key!r}, which is no name")
                 yield key, sub, sub["model_type"], _usual_prefixes(key)
 
 

@@ -1,0 +1,155 @@
+"""An open folder: everything is named relative to it, and no link is followed on the way.
+
+A path that is resolved again for every call can be redirected between two of them. Here the folder
+is opened once; each component below it is opened with O_NOFOLLOW, and files are only ever created
+anew (openat(2), O_EXCL).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_fold.checkpoint.names import check_name
+from gemma_fold.checkpoint.source import FileState
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder held open.
+
+    Attributes:
+        descriptor: open on the folder; whoever opened it closes it.
+        path: where it was, for messages only.
+    """
+
+    descriptor: int
+    path: Path
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Folder]:
+        """Open the subfolder `name`; OSError where it is a link, a file or absent."""
+        descriptor = os.dup(self.descriptor)
+        try:
+            for part in name.split("/"):
+                inner = os.open(part, _FOLDER, dir_fd=descriptor)
+                os.close(descriptor)
+                descriptor = inner
+            yield Folder(descriptor, self.path / name)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def parent_of(self, name: str) -> Iterator[tuple[Folder, str]]:
+        """The folder that holds `name`, opened, and the last part of the name."""
+        above, _, last = name.rpartition("/")
+        if not above:
+            yield self, last
+            return
+        with self.open(above) as folder:
+            yield folder, last
+
+    def make(self, name: str) -> None:
+        """Create the subfolder `name` and what is missing above it."""
+        parts = check_name(name, self.path).split("/")
+        for depth in range(1, len(parts) + 1):
+            with (
+                self.parent_of("/".join(parts[:depth])) as (folder, last),
+                suppress(FileExistsError),
+            ):
+                os.mkdir(last, dir_fd=folder.descriptor)
+
+    def create(self, name: str) -> int:
+        """Open a new file for reading and writing; what an earlier run left there goes."""
+        above = check_name(name, self.path).rpartition("/")[0]
+        if above:
+            self.make(above)
+        with self.parent_of(name) as (folder, last):
+            with suppress(FileNotFoundError):
+                os.unlink(last, dir_fd=folder.descriptor)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(last, flags, 0o666, dir_fd=folder.descriptor)
+
+    def read(self, name: str) -> int:
+        """Open the file `name` for reading."""
+        with self.parent_of(check_name(name, self.path)) as (folder, last):
+            return os.open(
+                last, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder.descriptor
+            )
+
+    def status(self, name: str) -> os.stat_result | None:
+        """`lstat` of `name`, or None where there is nothing."""
+        try:
+            with self.parent_of(name) as (folder, last):
+                return os.stat(last, dir_fd=folder.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def names(self) -> list[str]:
+        """What lies in the folder itself."""
+        return sorted(os.listdir(self.descriptor))
+
+    def sync(self) -> None:
+        """Bring the folder's entries, and those of all folders below it, to the disk."""
+        for name in self.names():
+            status = self.status(name)
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                with self.open(name) as inner:
+                    inner.sync()
+        os.fsync(self.descriptor)
+
+    def remove(self, name: str) -> None:
+        """Remove the file or the whole folder `name`; links are removed, never followed."""
+        status = self.status(name)
+        if status is None:
+            return
+        if not stat.S_ISDIR(status.st_mode):
+            os.unlink(name, dir_fd=self.descriptor)
+            return
+        with self.open(name) as inner:
+            for child in inner.names():
+                inner.remove(child)
+        os.rmdir(name, dir_fd=self.descriptor)
+
+    def remove_listed(self, name: str, listed: Mapping[str, FileState]) -> bool:
+        """Remove from the folder `name` the files in `listed` that are still what they were.
+
+        Returns:
+            Whether nothing else was there, so that the folder itself is gone, too.
+        """
+        with self.open(name) as inner:
+            inner._remove_listed("", listed)
+        try:
+            os.rmdir(name, dir_fd=self.descriptor)
+        except OSError:
+            return False
+        return True
+
+    def _remove_listed(self, inside: str, listed: Mapping[str, FileState]) -> None:
+        for name in self.names():
+            status = self.status(name)
+            if status is None:
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                with self.open(name) as inner:
+                    inner._remove_listed(f"{inside}{name}/", listed)
+                with suppress(OSError):
+                    os.rmdir(name, dir_fd=self.descriptor)
+            elif listed.get(inside + name) == FileState.of(status):
+                os.unlink(name, dir_fd=self.descriptor)
+
+
+@contextmanager
+def open_folder(path: Path) -> Iterator[Folder]:
+    """Open the folder at `path`, whose own last component may be a link."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield Folder(descriptor, path)
+    finally:
+        os.close(descriptor)
