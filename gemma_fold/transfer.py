@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gemma_fold.checkpoint.copy import Copier, data_runs
 from gemma_fold.checkpoint.digest import Digester, Part, whole
+from gemma_fold.checkpoint.journal import Done
 from gemma_fold.checkpoint.layout import Run
 from gemma_fold.checkpoint.source import FileState
 from gemma_fold.checkpoint.staging import Staging
@@ -69,7 +70,7 @@ class Transfer:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file that is made here."""
-        if not self._begin(name, len(data)):
+        if self._begin(name, len(data)) is None:
             self._staging.write(name, data)
             self._progress.advance(len(data))
 
@@ -82,7 +83,8 @@ class Transfer:
         size: int,
         parts: Iterable[Part],
     ) -> None:
-        if self._begin(name, size):
+        if (done := self._begin(name, size)) is not None:
+            self.digests[name] = done.digests
             return
         digests: dict[str, str] = {}
         with (
@@ -111,15 +113,14 @@ class Transfer:
             done = part.source - run.source + part.length
         self._progress.advance(run.length - done)
 
-    def _begin(self, name: str, size: int) -> bool:
+    def _begin(self, name: str, size: int) -> Done | None:
+        """Report the file; what is known of it where an earlier run finished it."""
         self._number += 1
         self._progress.file(name, self._number)
         done = self._staging.done(name)
-        if done is None:
-            return False
-        self.digests[name] = done.digests
-        self._progress.advance(size)
-        return True
+        if done is not None:
+            self._progress.advance(size)
+        return done
 
     @contextmanager
     def _open_source(self, name: str, state: FileState) -> Iterator[int]:
