@@ -240,8 +240,7 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
         lambda: report.to_json(found),
         lambda: report.markdown(found) if markdown else report.text(found),
     )
-    if not found.verdict.same:
-        sys.exit(1)
+    sys.exit(found.verdict.exit_code)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

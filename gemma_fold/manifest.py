@@ -186,10 +186,11 @@ class Manifest:
 
     @property
     def has_digests(self) -> bool:
-        """Whether every byte of the source is known by a digest."""
+        """Whether every byte of the source's weight files is known by a digest."""
         return all(
-            file.sha256 is not None if file.header is None else file.tensors is not None
-            for file in self.files.values()
+            file.tensors is not None if file.header is not None else file.sha256 is not None
+            for name, file in self.files.items()
+            if name.endswith(".safetensors")
         )
 
     def to_bytes(self) -> bytes:

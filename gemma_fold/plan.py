@@ -277,11 +277,16 @@ def _warnings(
     bad = [tensor.name for tensor in tensors.values() if tensor.non_finite]
     if bad:
         warnings.append(f"NaN or infinity in {len(bad)} norms ({bad[0]}, ...): folded as they are")
-    if any(tensor.dtype == "F32" for tensor in tensors.values()):
-        warnings.append(
-            "float32 norms: identical to the original at float32 compute; "
-            "at 16-bit compute the original rounds w first, so results differ"
-        )
+    stored = {tensor.dtype for tensor in tensors.values()}
+    for dtype, name, compute in (
+        ("F32", "float32", "bfloat16 or float16"),
+        ("F16", "float16", "bfloat16"),
+    ):
+        if dtype in stored:
+            warnings.append(
+                f"{name} norms: at {compute} compute results differ, for there the original "
+                "rounds w before it adds; at any other they are identical"
+            )
     for name in checkpoint.others:
         if _OTHER_WEIGHTS.fullmatch(name):
             warnings.append(f"{name} is copied as it is: weights in it are not folded")

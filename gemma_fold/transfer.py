@@ -83,7 +83,8 @@ class Transfer:
         size: int,
         parts: Iterable[Part],
     ) -> None:
-        if (done := self._begin(name, size)) is not None:
+        done = self._begin(name, size)
+        if done is not None:
             self.digests[name] = done.digests
             return
         digests: dict[str, str] = {}
@@ -104,17 +105,16 @@ class Transfer:
 
     def _copy_data(self, source: int, target: int, run: Run) -> None:
         """Copy what a run holds; its holes stay holes, since the target was made anew."""
-        done = 0
+        left = run.length
         for part in data_runs(source, run):
-            self._progress.advance(part.source - run.source - done)
             self._copier.copy(
                 source, part.source, target, part.target, part.length, self._progress.advance
             )
-            done = part.source - run.source + part.length
-        self._progress.advance(run.length - done)
+            left -= part.length
+        if left:
+            self._progress.advance(left)
 
     def _begin(self, name: str, size: int) -> Done | None:
-        """Report the file; what is known of it where an earlier run finished it."""
         self._number += 1
         self._progress.file(name, self._number)
         done = self._staging.done(name)

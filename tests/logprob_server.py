@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +33,8 @@ class Faults:
     json: bool = True
     status: int = 200
     delay: float = 0.0
+    #: Changes the `logprobs` of an answer in place: tokens, token_logprobs, top_logprobs.
+    edit: Callable[[dict[str, Any]], None] | None = None
 
 
 class LogprobServer:
@@ -73,6 +76,8 @@ class LogprobServer:
             by_id = bool(body.get("return_tokens_as_token_ids")) and self.faults.names_ids
             table = logits.double().log_softmax(-1)
             choice["logprobs"] = self._logprobs(everything, first, table, body["logprobs"], by_id)
+            if self.faults.edit and body.get("echo"):
+                self.faults.edit(choice["logprobs"])
         return {"choices": [choice], "usage": {"prompt_tokens": len(ids)}}
 
     def _logprobs(

@@ -269,9 +269,9 @@ def test_verify_against_the_source_finds_one_flipped_bit_elsewhere(tmp_path: Pat
     source = write_checkpoint(tmp_path / "model")
     convert(source, tmp_path / "out")
     _flip_bit(tmp_path / "out/model.safetensors", "model.layers.0.mlp.up_proj.weight")
-    assert verify(tmp_path / "out").ok
-    report = verify(tmp_path / "out", against=source)
-    assert len(report.problems) == 1 and "model.safetensors" in report.problems[0]
+    for against in (None, source):
+        report = verify(tmp_path / "out", against=against)
+        assert len(report.problems) == 1 and "model.safetensors" in report.problems[0]
 
 
 def _flip_bit(path: Path, name: str) -> None:
@@ -288,7 +288,7 @@ def test_verify_finds_a_changed_tokenizer_and_a_missing_file(tmp_path: Path) -> 
     data = bytearray((tmp_path / "out/tokenizer.json").read_bytes())
     data[5] ^= 1
     (tmp_path / "out/tokenizer.json").write_bytes(data)
-    assert verify(tmp_path / "out").ok
+    assert "tokenizer.json" in verify(tmp_path / "out").problems[0]
     assert "tokenizer.json" in verify(tmp_path / "out", against=source).problems[0]
     (tmp_path / "out/tokenizer.json").unlink()
     assert "tokenizer.json is missing" in verify(tmp_path / "out").problems[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from checkpoints import gemma3_tensors, tree, write_checkpoint
 
+from gemma_fold.checkpoint.staging import work_folder
 from gemma_fold.convert import convert
 from gemma_fold.errors import CheckpointError, EnvironmentProblem, UsageError
 from gemma_fold.progress import Progress
@@ -58,7 +59,7 @@ def test_killed_at_any_event_then_resumed(tmp_path: Path) -> None:
             convert(source, out)
         convert(source, out, resume=True)
         assert tree(out) == expected
-        assert not out.with_name(out.name + ".partial").exists()
+        assert not work_folder(out).exists()
     assert kills >= 5
 
 
@@ -78,7 +79,7 @@ def test_resuming_does_not_write_finished_files_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = "model-00001-of-00004.safetensors"
     assert die_at(12, source, out) == -signal.SIGKILL
-    before = (tmp_path / "out.partial" / first).stat()
+    before = (work_folder(out) / "new" / first).stat()
     convert(source, out, resume=True)
     after = (out / first).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -88,12 +89,12 @@ def test_resume_with_another_source_or_option_is_refused(tmp_path: Path) -> None
     source = write_checkpoint(tmp_path / "model")
     out = tmp_path / "out"
     assert die_at(3, source, out) == -signal.SIGKILL
-    with pytest.raises(UsageError, match="start over with --force"):
+    with pytest.raises(UsageError, match="start over with --restart"):
         convert(source, out, resume=True, tensor_lock=False)
     write_checkpoint(source, gemma3_tensors(seed=1))
-    with pytest.raises(UsageError, match="start over with --force"):
+    with pytest.raises(UsageError, match="start over with --restart"):
         convert(source, out, resume=True)
-    convert(source, out, force=True)
+    convert(source, out, restart=True)
     assert verify(out, against=source).ok
 
 
@@ -144,12 +145,12 @@ def test_two_converters_on_one_output(tmp_path: Path) -> None:
     results: list[subprocess.CompletedProcess[str]] = []
 
     def second() -> None:
-        for option in ("--resume", "--force"):
+        for option in ("--resume", "--restart", "--force"):
             command = [sys.executable, "-m", "gemma_fold", "convert", source, "-o", out, option]
             results.append(subprocess.run(command, capture_output=True, text=True, check=False))
 
     convert(source, out, progress=At(second))
-    assert [result.returncode for result in results] == [2, 2]
+    assert [result.returncode for result in results] == [2, 2, 2]
     assert all("another process is writing" in result.stderr for result in results)
     assert verify(out, against=source).ok
 

@@ -305,6 +305,9 @@ def test_saved_logits_of_something_else_are_refused(root: Path, tmp_path: Path) 
             compare_tiny(root, "model", "folded", logits=kept, **options)
     with pytest.raises(UsageError, match="another model"):
         compare_tiny(root, "folded", "model", logits=kept)
+    (tmp_path / "old").write_bytes(kept.read_bytes().replace(b"non_finite", b"not_finite", 1))
+    with pytest.raises(UsageError, match=r"of gemma-fold .*; make it again with --save-logits"):
+        compare_tiny(root, "model", "folded", logits=tmp_path / "old")
     (tmp_path / "short").write_bytes(kept.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated"):
         compare_tiny(root, "model", "folded", logits=tmp_path / "short")

@@ -95,13 +95,22 @@ class Folder:
         """What lies in the folder itself."""
         return sorted(os.listdir(self.descriptor))
 
-    def sync(self) -> None:
-        """Bring the folder's entries, and those of all folders below it, to the disk."""
+    def sync(self, *, files: bool = False) -> None:
+        """Bring the folder's entries, and those of all folders below it, to the disk.
+
+        With `files`, their content too.
+        """
         for name in self.names():
             status = self.status(name)
             if status is not None and stat.S_ISDIR(status.st_mode):
                 with self.open(name) as inner:
-                    inner.sync()
+                    inner.sync(files=files)
+            elif files and status is not None and stat.S_ISREG(status.st_mode):
+                descriptor = self.read(name)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
         os.fsync(self.descriptor)
 
     def remove(self, name: str) -> None:

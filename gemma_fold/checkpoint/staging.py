@@ -156,6 +156,7 @@ class Staging:
         self._place = place
         self._journal = journal
         self._done = dict(done)
+        self._abandoned = False
         with place.work.open(_NEW) as new:
             self.folder = Folder(os.dup(new.descriptor), new.path)
 
@@ -194,8 +195,15 @@ class Staging:
             while view:
                 view = view[os.write(descriptor, view) :]
 
+    def abandon(self) -> None:
+        """Publish nothing: what was written is used up, and the work folder goes."""
+        self._abandoned = True
+
     def publish(self, replaced: Mapping[str, FileState] | None) -> None:
         """Make the folder appear under its final name, complete."""
+        if self._abandoned:
+            remove_work_folder(self._place.parent, self._place.work)
+            return
         self.folder.sync()
         publication = Publication(os.fstat(self.folder.descriptor).st_ino, replaced)
         self._journal.publish(publication)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import re
 import urllib.error
@@ -121,7 +122,7 @@ class Endpoint:
         try:
             # The first token has no prediction before it; servers put null there.
             return [
-                Position(_name(t), float(p) if p is not None else 0.0, _floats(top or {}))
+                Position(_name(t), _float(p), _floats(top or {}))
                 for t, p, top in zip(*columns, strict=True)
             ]
         except (TypeError, ValueError, AttributeError):
@@ -183,4 +184,9 @@ def _name(token: object) -> str:
 
 
 def _floats(top: Mapping[str, Any]) -> dict[str, float]:
-    return {_name(token): float(logprob) for token, logprob in top.items()}
+    return {_name(token): _float(logprob) for token, logprob in top.items()}
+
+
+def _float(logprob: Any) -> float:
+    """NaN where there is none."""
+    return math.nan if logprob is None else float(logprob)

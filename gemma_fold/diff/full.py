@@ -27,6 +27,7 @@ from gemma_fold.diff.results import (
 )
 from gemma_fold.diff.sides import Side
 from gemma_fold.diff.tokens import NothingInCommonError, Prompt, Tokens
+from gemma_fold.errors import UsageError
 from gemma_fold.progress import Progress
 
 #: Tokens a window, and windows, of the batches that measure the noise floor. Several sizes, because
@@ -248,6 +249,10 @@ def open_logits(path: Path, side: Side, tokens: Tokens, dtype: str) -> LogitsFil
     """
     file = LogitsFile.open(path)
     file.check(tokens=tokens.digest, model=fingerprint(side), dtype=dtype)
+    floor = file.metadata.get("floor")
+    if floor and floor.keys() != OutputStats.__dataclass_fields__.keys():
+        made = file.metadata.get("version")
+        raise UsageError(f"{path} is of gemma-fold {made}; make it again with --save-logits")
     return file
 
 
@@ -264,4 +269,5 @@ def _stats_from_json(value: dict[str, Any]) -> OutputStats:
         key: Distribution(**{**value[key], "percentiles": tuple(value[key]["percentiles"])})
         for key in ("kl_ab", "kl_ba")
     }
-    return OutputStats(**{**value, **kls})
+    pairs = {key: tuple(value[key]) for key in ("invalid", "unlisted")}
+    return OutputStats(**{**value, **kls, **pairs})

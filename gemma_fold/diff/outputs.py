@@ -28,6 +28,7 @@ class Rows:
     """Per-position results of `compare_rows`; each array has one entry a position.
 
     nll and p are NaN where no token follows; the KLs are NaN where a logit is not finite.
+    invalid and unlisted, [positions, 2]: of A and of B, see `OutputStats`.
     """
 
     kl_ab: Floats
@@ -39,6 +40,8 @@ class Rows:
     finite: npt.NDArray[np.bool_]
     nll_a: Floats
     nll_b: Floats
+    invalid: npt.NDArray[np.bool_]
+    unlisted: npt.NDArray[np.bool_]
 
 
 def compare_rows(a: Tensor, b: Tensor, targets: Tensor, *, top_k: int = TOP_K) -> Rows:
@@ -74,7 +77,8 @@ def _compare(a: Tensor, b: Tensor, targets: Tensor, top_k: int) -> Rows:
     differing = ((x != y) & ~(x.isnan() & y.isnan())).sum(-1)
     # Masked tokens: minus infinity on both sides is agreement, with probability zero.
     masked = (x == -math.inf) & (y == -math.inf)
-    finite = ((x.isfinite() & y.isfinite()) | masked).all(-1)
+    invalid = torch.stack((_invalid(x), _invalid(y)), -1)
+    finite = ((x.isfinite() & y.isfinite()) | masked).all(-1) & ~invalid.any(-1)
     delta = (y - x).masked_fill_(masked, 0.0)
     p, lse_x = _softmax(x)
     q, lse_y = _softmax(y)
@@ -99,6 +103,8 @@ def _compare(a: Tensor, b: Tensor, targets: Tensor, top_k: int) -> Rows:
         finite=finite.cpu().numpy(),
         nll_a=_nll(x, lse_x, targets),
         nll_b=_nll(y, lse_y, targets),
+        invalid=invalid.cpu().numpy(),
+        unlisted=np.zeros((len(x), 2), bool),
     )
 
 
@@ -106,6 +112,7 @@ def _equal_rows(x: Tensor, targets: Tensor) -> Rows:
     count = x.shape[0]
     zeros = np.zeros(count)
     nll = _nll(x, x.logsumexp(-1), targets)
+    invalid = _invalid(x).cpu().numpy()
     return Rows(
         kl_ab=zeros,
         kl_ba=zeros,
@@ -113,10 +120,18 @@ def _equal_rows(x: Tensor, targets: Tensor) -> Rows:
         overlap=np.ones(count),
         differing=np.zeros(count, np.int64),
         max_abs=zeros,
-        finite=(~(x.isnan() | (x == math.inf)).any(-1)).cpu().numpy(),
+        finite=~invalid,
         nll_a=nll,
         nll_b=nll,
+        invalid=np.stack((invalid, invalid), -1),
+        unlisted=np.zeros((count, 2), bool),
     )
+
+
+def _invalid(logits: Tensor) -> Tensor:
+    """Rows that are no distribution: minus infinity masks a token, but not all of them."""
+    broken = logits.isnan() | (logits == math.inf)
+    return broken.any(-1) | ~logits.isfinite().any(-1)
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +152,8 @@ def summarize(rows: Rows, *, vocabulary: int | None, top_k: int = TOP_K) -> Outp
     count = rows.kl_ab.size
     scored = ~np.isnan(rows.nll_a) & ~np.isnan(rows.nll_b)
     nll_a, nll_b = rows.nll_a[scored], rows.nll_b[scored]
-    agree = float(rows.same_top.mean())
+    listed = ~rows.unlisted.any(-1)
+    agree = _mean(rows.same_top[listed].astype(np.float64))
     delta_p = np.exp(-nll_b) - np.exp(-nll_a)
     return OutputStats(
         positions=count,
@@ -150,8 +166,8 @@ def summarize(rows: Rows, *, vocabulary: int | None, top_k: int = TOP_K) -> Outp
         kl_ab=distribution(rows.kl_ab),
         kl_ba=distribution(rows.kl_ba),
         same_top=agree,
-        same_top_sigma=math.sqrt(agree * (1 - agree) / max(1, count - 1)),
-        overlap=float(rows.overlap.mean()),
+        same_top_sigma=math.sqrt(agree * (1 - agree) / max(1, listed.sum() - 1)),
+        overlap=_mean(rows.overlap[listed]),
         perplexity_a=_exp(_mean(nll_a)),
         perplexity_b=_exp(_mean(nll_b)),
         ln_ratio=_mean(nll_b - nll_a),
@@ -159,6 +175,10 @@ def summarize(rows: Rows, *, vocabulary: int | None, top_k: int = TOP_K) -> Outp
         delta_p_mean=_mean(delta_p),
         delta_p_rms=math.sqrt(_mean(delta_p**2)),
         non_finite=int(np.count_nonzero(~rows.finite)),
+        invalid=_counts(rows.invalid),
+        undefined=int(np.count_nonzero(rows.invalid.all(-1))),
+        unlisted=_counts(rows.unlisted),
+        listed=int(np.count_nonzero(listed)),
     )
 
 
@@ -182,8 +202,12 @@ def _mean(values: Floats) -> float:
     return float(values.mean()) if values.size else math.nan
 
 
+def _counts(sides: npt.NDArray[np.bool_]) -> tuple[int, int]:
+    return int(sides[:, 0].sum()), int(sides[:, 1].sum())
+
+
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.inf if value >= 700 else math.exp(value)
 
 
 def _standard_error(values: Floats) -> float:

@@ -59,6 +59,7 @@ def to_json(report: Report) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "same": report.verdict.same,
+        "comparable": report.verdict.comparable,
         "verdict": report.verdict.line,
         "reasons": list(report.verdict.reasons),
         "notes": list(report.notes),

@@ -46,6 +46,10 @@ class OutputStats:
         ln_ratio, ln_ratio_sigma: mean of ln(PPL B / PPL A) and its standard error.
         delta_p_mean, delta_p_rms: change of the probability of the token that follows.
         non_finite: positions with a NaN or an infinite logit on one side only, or a NaN on both.
+        invalid: of A and of B, positions without probabilities: a NaN, an infinity, a sum over 1.
+        undefined: positions where both have none.
+        unlisted: of A and of B, positions without a list of top tokens.
+        listed: positions where both have one; `same_top` and `overlap` are of these.
     """
 
     positions: int
@@ -67,6 +71,10 @@ class OutputStats:
     delta_p_mean: float
     delta_p_rms: float
     non_finite: int
+    invalid: tuple[int, int]
+    undefined: int
+    unlisted: tuple[int, int]
+    listed: int
 
     @property
     def identical(self) -> bool:

@@ -142,6 +142,9 @@ def output_table(outputs: Outputs) -> Table:
     ]
     if any(s.non_finite for s in columns):
         lines.append(("positions not finite", [str(s.non_finite) for s in columns]))
+    if any(s.listed < s.positions for s in columns):
+        missing = [str(s.positions - s.listed) for s in columns]
+        lines.append(("positions without top tokens", missing))
     if not exact:
         lines = [line for line in lines if line[1][0]]
     header = ["", "B AGAINST A", *(["NOISE FLOOR"] if outputs.floor else [])]

@@ -2,8 +2,7 @@
 
 A server or vLLM tells the k most likely tokens, not the whole distribution. The divergences here
 are those of the distributions over the tokens that both sides list and one more outcome, "any
-other token": merging outcomes never increases a divergence, so they are lower bounds of the true
-ones.
+other token", made larger where the lists prove more (see `bounds`): lower bounds of the true ones.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from gemma_fold.diff import vllm
+from gemma_fold.diff.bounds import ceiling, is_valid, known, least_kl
 from gemma_fold.diff.endpoint import TOP_K, Endpoint, Position
 from gemma_fold.diff.engine import Model, running
 from gemma_fold.diff.full import Settings, engine_name
@@ -29,7 +29,6 @@ from gemma_fold.diff.tokens import PROMPTS, NothingInCommonError, Tokens, read_t
 from gemma_fold.progress import Progress
 
 _LETTERS = 3000  # a passage of text, where only the server can count tokens
-_SMALLEST = 1e-9  # probability of "any other token": what rounding leaves of it is not below
 
 Text = str | tuple[int, ...]
 Positions = list[Position]
@@ -149,10 +148,11 @@ def compare_top(
         ways.append((again, "A run again in vLLM's eager mode, not compiled"))
     progress.finish()
     rows = compare_positions(one.passages, two.passages)
+    top_k = _shortest(readings)
     noise, how = noisiest(ways) if ways else (None, "")
     return Outputs(
-        stats=summarize(rows, vocabulary=None, top_k=TOP_K),
-        floor=summarize(noise, vocabulary=None, top_k=TOP_K) if noise else None,
+        stats=summarize(rows, vocabulary=None, top_k=top_k),
+        floor=summarize(noise, vocabulary=None, top_k=top_k) if noise else None,
         floor_how=how,
         greedy=tuple(
             Continuation(name, max(len(x[0]), len(y[0])), first_difference(x[0], y[0]), x[1], y[1])
@@ -251,24 +251,26 @@ def compare_positions(a: list[Positions], b: list[Positions]) -> Rows:
 
 
 def _compare(a: Position, b: Position) -> Rows:
-    shared = a.top.keys() & b.top.keys()
+    p, q = known(a), known(b)
+    shared = p.keys() & q.keys()
     listed = min(len(a.top), len(b.top), TOP_K)
-    first_a, first_b = (_best(p.top, listed) for p in (a, b))
-    gaps = [abs(a.top[token] - b.top[token]) for token in shared]
-    gaps.append(abs(a.logprob - b.logprob))
-    pairs = [(a.top[token], b.top[token]) for token in shared]
+    first_a, first_b = (_best(side.top, listed) for side in (a, b))
+    invalid = (not is_valid(a), not is_valid(b))
+    gaps = [abs(p[token] - q[token]) for token in shared]
     same = first_a == first_b and max(gaps) == 0
-    finite = all(map(math.isfinite, (*a.top.values(), *b.top.values(), a.logprob, b.logprob)))
+    finite = not any(invalid)
     return Rows(
-        kl_ab=np.array([_merged_kl(pairs)]),
-        kl_ba=np.array([_merged_kl([(q, p) for p, q in pairs])]),
+        kl_ab=np.array([least_kl(p, q, ceiling(a), ceiling(b)) if finite else math.nan]),
+        kl_ba=np.array([least_kl(q, p, ceiling(b), ceiling(a)) if finite else math.nan]),
         same_top=np.array([first_a[:1] == first_b[:1]]),
         overlap=np.array([len({*first_a} & {*first_b}) / max(1, listed)]),
         differing=np.array([0 if same else 1]),
-        max_abs=np.array([max(gaps)]),
+        max_abs=np.array([max(gaps) if finite else 0.0]),
         finite=np.array([finite]),
-        nll_a=np.array([-a.logprob]),
-        nll_b=np.array([-b.logprob]),
+        nll_a=np.array([math.nan if invalid[0] else -a.logprob]),
+        nll_b=np.array([math.nan if invalid[1] else -b.logprob]),
+        invalid=np.array([invalid]),
+        unlisted=np.array([(not a.top, not b.top)]),
     )
 
 
@@ -277,10 +279,7 @@ def _best(top: Mapping[str, float], count: int) -> list[str]:
     return sorted(top, key=lambda token: (-top[token], token))[:count]
 
 
-def _merged_kl(pairs: Sequence[tuple[float, float]]) -> float:
-    """KL over the listed tokens and the rest, from pairs of log-probabilities."""
-    if any(not math.isfinite(x) for pair in pairs for x in pair):
-        return math.nan
-    total = sum(math.exp(p) * (p - q) for p, q in pairs)
-    rest_p, rest_q = (max(_SMALLEST, 1 - sum(math.exp(pair[i]) for pair in pairs)) for i in (0, 1))
-    return max(0.0, total + rest_p * math.log(rest_p / rest_q))
+def _shortest(readings: Sequence[Reading]) -> int:
+    """Tokens that every list has, `TOP_K` at most; some servers list fewer than they are asked."""
+    lists = (len(p.top) for reading in readings for row in reading.passages for p in row if p.top)
+    return min(TOP_K, min(lists, default=TOP_K))

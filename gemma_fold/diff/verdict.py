@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from gemma_fold.diff import evidence
 from gemma_fold.diff.norms import TensorClass
 from gemma_fold.diff.results import Outputs
 from gemma_fold.diff.structure import Structure
@@ -13,11 +14,24 @@ from gemma_fold.diff.weights import TensorDiff, Weights
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`line` sums it up; `reasons` are the differences, none where the sides are the same."""
+    """Whether two sides are the same.
+
+    Attributes:
+        same: whether they are, and there is evidence of it.
+        line: sums it up.
+        reasons: the differences, none where the sides are the same or cannot be compared.
+        comparable: whether there was evidence, of one or the other.
+    """
 
     same: bool
     line: str
     reasons: tuple[str, ...]
+    comparable: bool = True
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line returns: 0 the same, 1 different, 2 not comparable."""
+        return 0 if self.same else 1 if self.comparable else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +77,11 @@ def judge(
     if structure:
         reasons += _structure_reasons(structure, weights)
     if outputs:
-        reasons += _output_reasons(outputs, limits)
+        reasons += evidence.differences(outputs, limits.max_kl)
     if reasons:
         return Verdict(False, "differs: " + "; ".join(reasons[:3]), tuple(reasons))
+    if outputs and (missing := list(evidence.gaps(outputs, limits.max_kl))):
+        return Verdict(False, f"not comparable: {missing[0]}", (), comparable=False)
     return Verdict(True, "same: " + "; ".join(_assurances(structure, weights, outputs, limits)), ())
 
 
@@ -118,26 +134,6 @@ def _structure_reasons(structure: Structure, weights: Weights | None) -> Iterato
         yield (
             f"{count} config key{'s'[: count != 1]} differ{'s'[: count == 1]} "
             f"({first.name}: {_short(first.a)} and {_short(first.b)})"
-        )
-
-
-def _output_reasons(outputs: Outputs, limits: Limits) -> Iterator[str]:
-    stats, floor = outputs.stats, outputs.floor
-    if stats.non_finite:
-        yield f"logits are not finite at {stats.non_finite:,} positions"
-        return
-    if stats.identical:
-        apart = [c for c in outputs.greedy if c.diverges_at is not None]
-        if apart:
-            yield f"{len(apart)} greedy continuations diverge, though the logits are identical"
-    elif limits.max_kl is not None:
-        if not stats.mean_kl <= limits.max_kl:
-            yield f"mean KL {stats.mean_kl:.3g} is over {limits.max_kl:g}"
-    elif floor is None or not stats.mean_kl <= floor.mean_kl:
-        beyond = f", beyond the noise floor of {floor.mean_kl:.3g}" if floor else ""
-        yield (
-            f"predictions differ: mean KL {stats.mean_kl:.3g}{beyond}, "
-            f"same top token at {stats.same_top:.2%}"
         )
 
 

@@ -4,8 +4,9 @@ transformers writes the weights, with each gamma as fp32 [H, 1], and the origina
 here are the manifest and the config lock. The manifest's source is the checkpoint that the same
 model would have saved unfolded, so `gemma-fold unfold` and `verify` work on the result.
 
-Until the last file is in place, the folder holds the original config over locked tensors, which
-every loader refuses.
+All of it is written into a work folder first. Where the target is absent or empty, it appears in
+one step; otherwise the files replace those of the model that was there, and until the last one is
+in place the folder has no config.json, without which nothing loads it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from inspect import BoundArguments
 from pathlib import Path
@@ -20,10 +22,13 @@ from typing import Any
 
 import torch
 
-from gemma_fold.checkpoint.layout import replace_tensors
+from gemma_fold.checkpoint.digest import digest_parts, tensor_parts
+from gemma_fold.checkpoint.folder import open_folder
+from gemma_fold.checkpoint.layout import Layout, replace_tensors
 from gemma_fold.checkpoint.source import (
     CONFIG,
     MANIFEST,
+    SKIPPED_DIRECTORIES,
     Checkpoint,
     Origin,
     WeightFile,
@@ -31,14 +36,19 @@ from gemma_fold.checkpoint.source import (
     read_tensor,
     resized_index,
 )
+from gemma_fold.checkpoint.staging import open_staging, settle
 from gemma_fold.errors import CheckpointError, UnsupportedModelError, UsageError
 from gemma_fold.fold import decode, fold, unfold
-from gemma_fold.manifest import FoldedTensor, Manifest, SourceFile, folded_config
+from gemma_fold.manifest import SAVED, FoldedTensor, Manifest, SourceFile, folded_config
 from gemma_fold.rules import TensorRule, classify
 from gemma_fold.runtime.fold_model import weights_dtype
 from gemma_fold.runtime.norm import FoldedNorm
 
 _STORAGE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+#: What a save of any sharding leaves at the top of its folder.
+_OF_THE_MODEL = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json|gemma_fold\.json"
+)
 _UNSUPPORTED = {
     "push_to_hub": "save first, then upload the folder",
     "distributed_checkpoint": "save without it",
@@ -61,13 +71,56 @@ def save_folded(
     for option, advice in _UNSUPPORTED.items():
         if given.get(option):
             raise UsageError(f"a folded model cannot be saved with {option}; {advice}")
-    # The last two are what a save that was killed left: no file of the model.
-    for path in (folder / MANIFEST, _temporary(folder / MANIFEST), _temporary(folder / CONFIG)):
-        path.unlink(missing_ok=True)
-    save_pretrained(*arguments.args, **arguments.kwargs)
-    if given.get("is_main_process", True) and (folder / CONFIG).is_file():
-        names = _names_on_disk(model, original_names=given.get("save_original_format", True))
-        _complete(folder, names, weights_dtype(model))
+    if not given.get("is_main_process", True):
+        save_pretrained(*arguments.args, **arguments.kwargs)
+        return
+    names = _names_on_disk(model, original_names=given.get("save_original_format", True))
+    settle(folder)
+    with open_staging(folder, "save", size=0, resume=False, restart=True) as staging:
+        arguments.arguments["save_directory"] = str(staging.folder.path)
+        save_pretrained(*arguments.args, **arguments.kwargs)
+        if not (staging.folder.path / CONFIG).is_file():
+            raise CheckpointError(f"transformers wrote no {CONFIG} for {folder}; nothing was saved")
+        kept = _kept_files(folder, staging.folder.path)
+        _complete(staging.folder.path, folder, kept, names, weights_dtype(model))
+        staging.folder.sync(files=True)
+        if folder.is_dir() and any(folder.iterdir()):
+            _merge(staging.folder.path, folder)
+            staging.abandon()
+
+
+def _kept_files(folder: Path, new: Path) -> dict[str, int]:
+    """Sizes of the files in `folder` that are neither the old model's nor written anew."""
+    if not folder.is_dir():
+        return {}
+    found = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and SKIPPED_DIRECTORIES.isdisjoint(path.relative_to(folder).parts)
+    }
+    return {
+        name: size
+        for name, size in found.items()
+        if not _OF_THE_MODEL.fullmatch(name) and not (new / name).exists()
+    }
+
+
+def _merge(new: Path, folder: Path) -> None:
+    """Move what was written over the model that `folder` holds; other files there stay.
+
+    The old config goes first and the new one comes last: until then no loader finds a model there.
+    """
+    for name in (CONFIG, MANIFEST):
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(folder.iterdir()):
+        if _OF_THE_MODEL.fullmatch(path.name) and not path.is_dir():
+            path.unlink()
+    written = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
+    for path in sorted(written, key=lambda path: (str(path) == CONFIG, str(path))):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / path, folder / path)
+    with open_folder(folder) as opened:
+        opened.sync()
 
 
 def _names_on_disk(model: Any, *, original_names: bool) -> list[str]:
@@ -82,7 +135,10 @@ def _names_on_disk(model: Any, *, original_names: bool) -> list[str]:
     return list(revert_weight_conversion(model, gains) if original_names else gains)
 
 
-def _complete(folder: Path, names: list[str], dtype: torch.dtype) -> None:
+def _complete(
+    folder: Path, final: Path, kept: Mapping[str, int], names: list[str], dtype: torch.dtype
+) -> None:
+    """Write manifest and config lock into `folder`, soon `final` beside the files `kept`."""
     checkpoint = open_checkpoint(folder)
     base = {**checkpoint.config, "dtype": str(dtype).removeprefix("torch.")}
     rules = _rules(checkpoint, base, names)
@@ -94,7 +150,7 @@ def _complete(folder: Path, names: list[str], dtype: torch.dtype) -> None:
         here = {n: _describe(file, n, rules[n], storage) for n in file.header.tensors if n in rules}
         tensors |= here
         plain = replace_tensors(file.header, {n: (t.dtype, t.shape) for n, t in here.items()})
-        files[file.name] = SourceFile(file.name, plain.size, header=plain.header.decode())
+        files[file.name] = _source_file(file, plain, here)
         growth += file.state.size - file.header.data_start - (plain.size - plain.data_start)
     config = json.dumps(base, ensure_ascii=False, indent=2) + "\n"
     plain_index = resized_index(checkpoint, -growth)
@@ -103,9 +159,14 @@ def _complete(folder: Path, names: list[str], dtype: torch.dtype) -> None:
         if name is not None and text is not None:
             raw = text.encode()
             files[name] = SourceFile(name, len(raw), hashlib.sha256(raw).hexdigest())
-    files |= {name: SourceFile(name, state.size) for name, state in checkpoint.others.items()}
+    sizes = {name: state.size for name, state in checkpoint.others.items()} | dict(kept)
+    files |= {name: SourceFile(name, size) for name, size in sizes.items()}
+    locked = folded_config(base, dtype=base["dtype"], tensors=len(tensors), tensor_lock=True)
+    written = {CONFIG: hashlib.sha256(locked).hexdigest()}
+    if checkpoint.index_name is not None and checkpoint.index_raw is not None:
+        written[checkpoint.index_name] = hashlib.sha256(checkpoint.index_raw).hexdigest()
     manifest = Manifest(
-        origin=Origin(folder.absolute().name),
+        origin=Origin(final.absolute().name.encode("utf-8", "backslashreplace").decode()),
         model_type=str(base.get("model_type")),
         tensor_lock=True,
         config=config,
@@ -114,10 +175,25 @@ def _complete(folder: Path, names: list[str], dtype: torch.dtype) -> None:
         files=files,
         directories=checkpoint.directories,
         tensors=tensors,
+        made_by=SAVED,
+        written=written,
     )
-    _replace(folder / MANIFEST, manifest.to_bytes())
-    locked = folded_config(base, dtype=base["dtype"], tensors=len(tensors), tensor_lock=True)
-    _replace(folder / CONFIG, locked)
+    (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    (folder / CONFIG).write_bytes(locked)
+
+
+def _source_file(file: WeightFile, plain: Layout, here: Mapping[str, FoldedTensor]) -> SourceFile:
+    """The manifest's entry for a saved weight file, with the digests of what is not folded."""
+    raw = len(file.header.raw).to_bytes(8, "little") + file.header.raw
+    with open(file.path, "rb", buffering=0) as stream:
+        tensors = digest_parts(stream.fileno(), tensor_parts(file.header, here))
+    return SourceFile(
+        file.name,
+        plain.size,
+        header=plain.header.decode(),
+        folded_header=hashlib.sha256(raw).hexdigest(),
+        tensors=tensors,
+    )
 
 
 def _rules(
@@ -174,13 +250,3 @@ def _describe(file: WeightFile, name: str, rule: TensorRule, storage: str) -> Fo
         dtype=dtype,
         sha256=hashlib.sha256(raw).hexdigest(),
     )
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = _temporary(path)
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
