@@ -1,4 +1,4 @@
-"""The original config of a folded checkpoint does not get on disk without the original's weights."""
+"""The original config of a folded checkpoint stays off the disk without the original weights."""
 
 from __future__ import annotations
 
