@@ -339,4 +339,9 @@ def unwrap_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
     check_format(block.get("format") if isinstance(block, dict) else None, where)
     if not isinstance(base, dict):
         raise CheckpointError(f"{where} has lost its base_config; fold the original again")
+    if "quantization_config" in config:  # by a tool that rewrites weight files one by one
+        raise CheckpointError(
+            f"{where} has a quantization_config beside base_config, so its weights were quantized "
+            "after folding; quantize the original, then fold that"
+        )
     return check_config(base, f"base_config of {where}")

@@ -692,6 +692,12 @@ class TestBadInput:
         with pytest.raises(CheckpointError, match=r"gemma_fold\.json"):
             gemma_fold.load(copied)
 
+    def test_quantized_after_folding(self, copied: Path) -> None:
+        """As llm-compressor's `model_free_ptq` leaves it: scales that the model has no place for."""
+        self.edit(copied / "config.json", quantization_config={"quant_method": "fp8"})
+        with pytest.raises(CheckpointError, match="quantized after folding"):
+            gemma_fold.load(copied)
+
     def test_no_base_config(self, copied: Path) -> None:
         self.edit(copied / "config.json", base_config=None)
         with pytest.raises(CheckpointError, match="lost its base_config"):

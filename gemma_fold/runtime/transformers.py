@@ -1,8 +1,9 @@
 """transformers loads, runs and saves folded checkpoints; importing this module is enough.
 
-Three functions of transformers are wrapped, and nothing is copied:
+These functions of transformers are wrapped, and nothing is copied:
 
-* `PreTrainedConfig.get_config_dict` hands every loader, Auto or concrete, the original config.
+* `PreTrainedConfig.get_config_dict` hands every loader, Auto or concrete, the original config,
+  which `lent_config` keeps off the disk until a model is loaded with it.
 * `PreTrainedModel._load_pretrained_model` meets the built model before its weights are read. Its
   zero-centred norms become folded norms there, whose fp32 [H, 1] parameters take the gammas from
   disk unchanged; sharding, offloading and quantization of the rest go their usual way.
@@ -46,6 +47,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: 
 from transformers.utils import cached_file  # noqa: E402
 
 from gemma_fold.runtime.fold_model import adopt_norms  # noqa: E402
+from gemma_fold.runtime.lent_config import install, lend, release  # noqa: E402
 from gemma_fold.runtime.norm import FoldedNorm  # noqa: E402
 from gemma_fold.runtime.save import save_folded  # noqa: E402
 
@@ -126,7 +128,7 @@ def _wrap_get_config_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_config_dict(cls: type, pretrained: str | os.PathLike[str], **kwargs: Any) -> Any:
         config, rest = original(cls, pretrained, **kwargs)
         if config.get("model_type") == MODEL_TYPE:
-            config = native_config(config, str(pretrained))
+            config = lend(native_config(config, str(pretrained)), str(pretrained))
             _check_model_type(config, str(pretrained))
         return config, rest
 
@@ -160,6 +162,7 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
         if not manifest.tensor_lock:
             for norm in norms:
                 norm.lock()
+        release(model.config)
         return info, offloaded
 
     return load_pretrained_model
@@ -213,6 +216,7 @@ def _says_folded(config: Path | None) -> bool:
 def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        release(self.config)  # of a model made from the config alone: its weights are its own
         if getattr(self, "_hf_peft_config_loaded", False):  # saves its adapters only
             return original(self, save_directory, *args, **kwargs)
         if not any(isinstance(module, FoldedNorm) for module in self.modules()):
@@ -245,6 +249,7 @@ def _install() -> None:
     PreTrainedConfig.get_config_dict = classmethod(_wrap_get_config_dict(get_config_dict))
     PreTrainedModel._load_pretrained_model = staticmethod(_wrap_load(load_pretrained_model))
     PreTrainedModel.save_pretrained = _wrap_save(PreTrainedModel.save_pretrained)
+    install()
 
 
 _install()

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gemma_fold.convert import convert
 from gemma_fold.errors import CheckpointError
 
 if importlib.util.find_spec("sglang") is None:
@@ -161,6 +162,53 @@ def test_a_refused_push_leaves_what_was_there(
     wrong = {"model.norm.weight": torch.ones(16, 1)}
     with pytest.raises(CheckpointError, match=r"shape \[32\] cannot take .* \[16\]"):
         loaded.updater.update_weights_from_tensor(list(wrong.items()))
+    sglang.check_gains(loaded, before)
+
+
+@pytest.mark.parametrize("mode", ["stock", "native"])
+def test_a_model_of_the_original_refuses_a_folded_checkpoint_from_disk(
+    mode: str, checkpoints: Checkpoints, sglang: Any
+) -> None:
+    """SGLang would stop on a shape, then again as it goes back to what was there, and end."""
+    with sglang.mode(mode):
+        loaded = sglang.Loaded(checkpoints.original("gemma2"))
+    before, path = loaded.state(), loaded.config.model_path
+    succeeded, message = by_disk(loaded, Pushed(checkpoints, sglang, "gemma2", "gamma"))
+    assert not succeeded
+    assert "is a folded checkpoint" in message
+    assert "\n" not in message
+    assert loaded.config.model_path == path
+    after = loaded.state()
+    assert [name for name in before if not torch.equal(after[name], before[name])] == []
+    succeeded, message = by_disk(loaded, Pushed(checkpoints, sglang, "gemma2", "raw"))
+    assert succeeded, message
+
+
+@pytest.mark.parametrize("kind", ["original", "folded"])
+def test_a_folded_checkpoint_with_a_damaged_config_is_refused_from_disk(
+    kind: str, checkpoints: Checkpoints, sglang: Any, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(checkpoints.folded("gemma2"), tmp_path / "damaged")
+    (damaged / "config.json").write_text('{"model_type": "gemma_fold"}')
+    loaded = sglang.Loaded(getattr(checkpoints, kind)("gemma2"))
+    before = loaded.state()
+    succeeded, message = loaded.updater.update_weights_from_disk(str(damaged), "auto")
+    assert not succeeded
+    assert "config.json" in message
+    after = loaded.state()
+    assert [name for name in before if not torch.equal(after[name], before[name])] == []
+
+
+def test_a_folded_model_refuses_gammas_without_the_tensor_lock_from_disk(
+    checkpoints: Checkpoints, sglang: Any, tmp_path: Path
+) -> None:
+    """Their shape is that of raw weights: 1 would be added twice."""
+    convert(checkpoints.original("gemma2", 1), tmp_path / "flat", tensor_lock=False)
+    loaded = sglang.Loaded(checkpoints.folded("gemma2"))
+    before = loaded.state()
+    succeeded, message = loaded.updater.update_weights_from_disk(str(tmp_path / "flat"), "auto")
+    assert not succeeded
+    assert "--no-tensor-lock" in message
     sglang.check_gains(loaded, before)
 
 

@@ -95,6 +95,12 @@ _HOOKS = (
         ("model", "named_tensors"),
     ),
     Hook(
+        f"{_UPDATER}.WeightUpdater.update_weights_from_disk",
+        weights.update_from_disk,
+        HookType.AROUND,
+        ("model_path", "load_format"),
+    ),
+    Hook(
         f"{_UPDATER}.WeightUpdater.update_weights_from_tensor",
         weights.follow_update,
         HookType.AFTER,

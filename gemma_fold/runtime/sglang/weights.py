@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_fold.checkpoint.source import MANIFEST
-from gemma_fold.errors import CheckpointError, UnsupportedModelError
+from gemma_fold.errors import CheckpointError, GemmaFoldError, UnsupportedModelError
 from gemma_fold.kernels import families
 from gemma_fold.manifest import MODEL_TYPE, FoldedTensor, read_manifest
 from gemma_fold.runtime.sglang.mode import Mode, mode_of
@@ -103,6 +103,34 @@ def load_direct(
     original(model, [(name, tensor) for name, tensor in named_tensors if name not in norms])
 
 
+def update_from_disk(
+    original: Callable[..., tuple[bool, str]],
+    updater: Any,
+    model_path: str,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[bool, str]:
+    """Around the update from disk: say no to a folded checkpoint that this model cannot take.
+
+    SGLang would read its gammas as raw weights. Where their shape stops it, it goes back to what
+    was there by loading the same path again, and the server ends.
+    """
+    try:
+        block = _folded_block(model_path)
+    except GemmaFoldError as error:  # a damaged config
+        return False, str(error)
+    if block is None:
+        return original(updater, model_path, *args, **kwargs)
+    if not block.get("tensor_lock", True):
+        return False, _without_lock(model_path)
+    if getattr(updater.get_model(), _STATE, None) is None:
+        return False, (
+            f"{model_path} is a folded checkpoint, and the model being served was loaded from an "
+            "original one; update from an original, or start the server with a folded checkpoint"
+        )
+    return original(updater, model_path, *args, **kwargs)
+
+
 def follow_update(result: Any, updater: Any, *args: Any, **kwargs: Any) -> None:
     """After an update from tensors, which a custom loader may have written anywhere."""
     follow(updater.get_model())
@@ -151,13 +179,29 @@ def _accept_gammas(model: nn.Module, state: FoldedWeights) -> None:
     model.__dict__[_STATE] = state
 
 
+def _folded_block(name: str) -> Mapping[str, Any] | None:
+    """What the config of a checkpoint says of its folding; None where it has none to read."""
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError):
+        return None  # SGLang says what is wrong with it, or reads weights without a config
+    block: Mapping[str, Any] | None = config.get(MODEL_TYPE)
+    return block
+
+
+def _without_lock(name: str) -> str:
+    return (
+        f"{name} was written with --no-tensor-lock, so SGLang cannot tell its gammas from "
+        "raw weights; convert the original again without that option"
+    )
+
+
 def _read_folded(model_config: Any, block: Mapping[str, Any]) -> FoldedWeights:
     name = os.fspath(model_config.model_path)
     if not block.get("tensor_lock", True):
-        raise UnsupportedModelError(
-            f"{name} was written with --no-tensor-lock, so SGLang cannot tell its gammas from "
-            "raw weights; convert the original again without that option"
-        )
+        raise UnsupportedModelError(_without_lock(name))
     remote = getattr(model_config, "model_weights", None)
     if remote is not None:
         return FoldedWeights(str(remote), _remote_manifest(str(remote)))
