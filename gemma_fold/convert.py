@@ -98,7 +98,7 @@ def convert(
     finished = None if dry_run else settle(target)
     plan = plan_conversion(checkpoint, tensor_lock=tensor_lock)
     plan_id, size = plan.digest(digests_taken=digest), plan.size(digests_taken=digest)
-    if resume and finished == plan_id:
+    if resume and (finished == plan_id or plan.is_result(target)):
         return _report(plan, target, size, {}, ())
     replaced = check_replaceable(target, _replaceable(target) if force else None)
     if dry_run:

@@ -182,7 +182,7 @@ class Manifest:
     made_by: str = ""
     written: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
-    intact: bool | None = None
+    intact: bool | None = field(default=None, compare=False)
 
     @property
     def has_digests(self) -> bool:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from gemma_fold.checkpoint.digest import tensor_parts, whole
 from gemma_fold.checkpoint.header import TensorEntry
@@ -22,7 +23,14 @@ from gemma_fold.checkpoint.source import (
 )
 from gemma_fold.errors import AlreadyFoldedError, CheckpointError
 from gemma_fold.fold import count_non_finite, find_exceptions, fold, is_foldable_dtype
-from gemma_fold.manifest import CONVERTED, FoldedTensor, Manifest, SourceFile, folded_config
+from gemma_fold.manifest import (
+    CONVERTED,
+    FoldedTensor,
+    Manifest,
+    SourceFile,
+    folded_config,
+    read_manifest,
+)
 from gemma_fold.rules import Classification, TensorRule, classify
 
 _OTHER_WEIGHTS = re.compile(r"(pytorch_model|model|consolidated)[^/]*\.(bin|pt|pth)|[^/]*\.gguf")
@@ -84,6 +92,24 @@ class Plan:
         states.update(self.checkpoint.others)
         digest.update(repr((sorted(states.items()), digests_taken)).encode())
         return digest.hexdigest()
+
+    def is_result(self, folder: Path) -> bool:
+        """Whether `folder` is what this plan makes: by its manifest, which comes with the rest."""
+        try:
+            found = read_manifest(folder)
+        except CheckpointError:
+            return False
+        files = {
+            name: replace(
+                file, folded_header=None, tensors=None, sha256=self._known_sha256(name, file)
+            )
+            for name, file in found.files.items()
+        }
+        return replace(found, files=files) == self.manifest
+
+    def _known_sha256(self, name: str, found: SourceFile) -> str | None:
+        planned = self.manifest.files.get(name)
+        return found.sha256 if planned is None else planned.sha256
 
     def proven_manifest(self, digests: Mapping[str, Mapping[str, str]]) -> bytes:
         """The manifest's text with the digests that were taken, by file and part.

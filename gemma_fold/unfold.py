@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
-from gemma_fold.checkpoint.digest import Digester, Part, open_digester, tensor_parts, whole
+from gemma_fold.checkpoint.digest import (
+    Digester,
+    Part,
+    digest_parts,
+    open_digester,
+    tensor_parts,
+    whole,
+)
 from gemma_fold.checkpoint.source import CONFIG, MANIFEST, Checkpoint, WeightFile, read_tensor
 from gemma_fold.checkpoint.staging import Staging, open_staging, settle, work_folder
 from gemma_fold.checkpoint.target import check_replaceable, check_target
@@ -47,7 +54,8 @@ def unfold(
     checkpoint, manifest = open_folded(root)
     check_target(root, checkpoint.paths(), target, [work_folder(target)])
     plan = hashlib.sha256(manifest.to_bytes() + os.fsencode(os.path.realpath(root))).hexdigest()
-    if not (settle(target) == plan and resume):
+    finished = settle(target)
+    if not resume or not (finished == plan or _is_result(target, manifest)):
         check_replaceable(target, None)
         moved, notes = _write(
             checkpoint, manifest, target, plan, resume, restart, progress or Progress()
@@ -126,6 +134,23 @@ def _expected(manifest: Manifest, name: str) -> tuple[tuple[Part, ...], dict[str
     digests |= {t.name: t.sha256 for t in manifest.tensors.values() if t.file == name}
     header = original_header(file)
     return tensor_parts(header, header.tensors.keys() - digests.keys()), digests
+
+
+def _is_result(out: Path, manifest: Manifest) -> bool:
+    """Whether `out` holds the source's files, byte for byte as far as digests are known."""
+    if not out.is_dir():
+        return False
+    found = {p.relative_to(out).as_posix(): p for p in out.rglob("*") if not p.is_dir()}
+    if found.keys() != manifest.files.keys():
+        return False
+    for name, path in found.items():
+        parts, expected = _expected(manifest, name)
+        with open(path, "rb", buffering=0) as stream:
+            if os.fstat(stream.fileno()).st_size != manifest.files[name].size:
+                return False
+            if digest_parts(stream.fileno(), parts) != expected:
+                return False
+    return True
 
 
 class _Proof:

@@ -484,6 +484,22 @@ def test_without_digests_both_say_what_they_cannot_prove(tmp_path: Path) -> None
     assert any("without digests" in warning for warning in unfolded.warnings)
 
 
+@pytest.mark.parametrize("command", ["convert", "unfold"])
+def test_resuming_a_finished_run_says_so(command: str, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", shards=2)
+    convert(source, tmp_path / "folded")
+    action, given = (convert, source) if command == "convert" else (unfold, tmp_path / "folded")
+    out = tmp_path / "out"
+    action(given, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    action(given, out, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    (out / "tokenizer.json").write_bytes(bytes((out / "tokenizer.json").stat().st_size))
+    if command == "unfold":
+        with pytest.raises(UsageError, match="not empty"):
+            action(given, out, resume=True)
+
+
 # --- holes ----------------------------------------------------------------------------------------
 
 
