@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hubserver import HubServer, sha256
+from hubserver import HubServer, Model, _Handler, sha256
 from huggingface_hub import close_session, constants
 from safetensors.numpy import save_file
 
@@ -207,6 +207,43 @@ def test_a_repository_without_safetensors(hub: HubServer, model: Path) -> None:
         (model / name).unlink()
     hub.add("org/name", model)
     with pytest.raises(CheckpointError, match=r"no \*\.safetensors file"):
+        fetch_headers("org/name")
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a\\..\\evil", "C:/evil"])
+@pytest.mark.parametrize("read", [fetch_headers, download])
+def test_a_file_name_that_leaves_the_folder(
+    hub: HubServer,
+    model: Path,
+    name: str,
+    read: Callable[[str], object],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    hub.add("org/name", model)
+    listed = hub.models["org/name"].files()
+    monkeypatch.setattr(Model, "files", lambda self: {**listed, name: model / "config.json"})
+    with pytest.raises(CheckpointError) as error:
+        read("org/name")
+    assert "org/name points outside the folder" in message(error)
+    assert "o not trust this checkpoint" in message(error)
+    assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, "12", True])
+def test_a_file_size_that_is_none(
+    hub: HubServer, model: Path, size: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/name", model)
+    send = _Handler.send_json
+
+    def changed(self: _Handler, value: object) -> None:
+        if isinstance(value, dict) and "siblings" in value:
+            value["siblings"][0]["size"] = size
+        send(self, value)
+
+    monkeypatch.setattr(_Handler, "send_json", changed)
+    with pytest.raises(CheckpointError, match="invalid size of"):
         fetch_headers("org/name")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_fold.checkpoint.header import Header, header_length, parse_header
-from gemma_fold.checkpoint.names import check_name
+from gemma_fold.checkpoint.names import check_name, shown
 from gemma_fold.checkpoint.source import CONFIG, INDEX_SUFFIX, parse_json_object
 from gemma_fold.errors import CheckpointError, EnvironmentProblem, GemmaFoldError, UsageError
 
@@ -94,7 +94,8 @@ def fetch_headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint
 
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
         files = {
-            check_name(file.rfilename, repo_id): file.size or 0 for file in info.siblings or ()
+            check_name(file.rfilename, repo_id): _file_size(file.size, file.rfilename, repo_id)
+            for file in info.siblings or ()
         }
         remote = _Remote(repo_id, info.sha or "", files)
         config = remote.json(CONFIG)
@@ -211,6 +212,17 @@ class _Remote:
         return content
 
 
+def _file_size(size: Any, name: str, repo_id: str) -> int:
+    if size is None:
+        return 0
+    if type(size) is not int or size < 0:
+        raise CheckpointError(
+            f"invalid size of {shown(name)} in {repo_id}: expected a number of bytes, got "
+            f"{shown(size)}; check HF_ENDPOINT"
+        )
+    return size
+
+
 def _check_complete(remote: RemoteCheckpoint) -> None:
     if not remote.headers:
         raise CheckpointError(
@@ -290,6 +302,12 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> GemmaFoldE
         return EnvironmentProblem(
             f"{place} cannot be reached for {repo_id} ({_first_line(cause or error)}); "
             "check the connection and HF_ENDPOINT, or give a folder"
+        )
+    if isinstance(cause, ValueError) and "filename" in str(cause):
+        # The library refuses to write outside of its cache before anything of that file is fetched.
+        return CheckpointError(
+            f"{repo_id} points outside the folder: {_first_line(cause)[:200]} "
+            "Do not trust this checkpoint"
         )
     if isinstance(cause, OSError):
         return _explain_disk(cause, constants.HF_HUB_CACHE)
