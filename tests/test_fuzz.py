@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fuzz import targets
 from fuzz.mutate import mutate
 
 from gemma_fold.convert import convert
+from gemma_fold.errors import GemmaFoldError
 
 FUZZ = Path(targets.__file__).parent
 INPUTS = sorted(
@@ -47,6 +49,22 @@ def test_well_formed_mutations(name: str) -> None:
         for seed in range(15):
             changed = [mutate(part, seed) or part for part in parts]
             targets.TARGETS[name](targets.SEPARATOR.join(changed))
+
+
+def test_the_folder_target_reaches_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    def note(action: Callable[[], object]) -> None:
+        try:
+            done.append(type(action()).__name__)
+        except GemmaFoldError as error:
+            done.append(str(error))
+
+    monkeypatch.setattr(targets, "_refused_or_done", note)
+    for path in (path for path in INPUTS if path.parent.name == "folder"):
+        targets.folder(path.read_bytes())
+    assert done.count("VerifyReport") == 1 and done.count("Inspection") == 2
+    assert done.count("Report") == 2, done  # one folder is unfolded, the other one folded
 
 
 def test_the_folder_target_notices_a_write_outside(

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,7 @@ def run_target(name: str, runs: int, seconds: int, jobs: int, findings: Path) ->
                 f"-runs={share}",
                 f"-max_total_time={seconds}",
                 "-reload=1",
-                "-max_len=16384",
+                "-max_len=65536",
                 "-timeout=60",
                 "-rss_limit_mb=3072",
                 "-print_final_stats=1",
@@ -139,7 +140,11 @@ def write_seeds() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for shards in (1, 2):
             source, folded = Path(scratch) / f"model{shards}", Path(scratch) / f"folded{shards}"
-            convert(write_checkpoint(source, shards=shards), folded)
+            write_checkpoint(source, shards=shards)
+            shutil.rmtree(source / "2_Dense")  # only what the folder target's inputs can hold
+            for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
+                (source / name).unlink()
+            convert(source, folded)
             for target, inputs in seeds(source, folded).items():
                 folder = HERE / "corpus" / target
                 folder.mkdir(parents=True, exist_ok=True)

@@ -129,16 +129,20 @@ SEPARATOR = b"\n=====\n"
 def folder(data: bytes) -> None:
     """A whole folder through inspect, verify, unfold and convert, beside files to be left alone.
 
-    The input is the content of PARTS in that order, with SEPARATOR between; an empty part is an
-    absent file, and the data section is as large as the header asks, up to a limit.
+    The input is the content of PARTS in that order and the data of the weights, with SEPARATOR
+    between; an empty part is an absent file. The data section is cut, or filled with zeros, to the
+    size that the header asks for, up to a limit.
     """
+    *contents, payload = (data.split(SEPARATOR, len(PARTS)) + [b""] * len(PARTS))[: len(PARTS) + 1]
     root = Path(tempfile.mkdtemp(prefix="gemma-fold-fuzz-", dir=_SCRATCH))
     try:
         source = root / "in" / "model"
         source.mkdir(parents=True)
-        for name, content in zip(PARTS, data.split(SEPARATOR, len(PARTS) - 1), strict=False):
+        for name, content in zip(PARTS, contents, strict=True):
             if name.endswith(".safetensors") and content:
-                content = struct.pack("<Q", len(content)) + content + bytes(_data_size(content))
+                size = _data_size(content)
+                content = struct.pack("<Q", len(content)) + content
+                content += payload[:size].ljust(size, b"\0")
             if content:
                 (source / name).write_bytes(content)
         canary = root / "canary"
@@ -207,8 +211,9 @@ def seeds(checkpoint: Path, folded: Path) -> dict[str, dict[str, bytes]]:
             if (root / name).is_file():
                 parts[name] = (root / name).read_bytes()
         if weights := parts["model.safetensors"]:
-            parts["model.safetensors"] = weights[8 : 8 + struct.unpack("<Q", weights[:8])[0]]
-        found["folder"][kind] = SEPARATOR.join(parts.values())
+            start = 8 + struct.unpack("<Q", weights[:8])[0]
+            parts["model.safetensors"] = weights[8:start]
+            found["folder"][kind] = SEPARATOR.join([*parts.values(), weights[start:]])
         for target, name in (("config", 0), ("manifest", 1), ("index", 3)):
             if content := parts[PARTS[name]]:
                 found[target][kind] = content
