@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import measured
+import measured_loaders
 import measured_parallel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ DOCUMENTS = (
     "docs/all_reduce.md",
     "docs/vllm.md",
     "docs/sglang.md",
+    "docs/reliability.md",
 )
 MODEL = ".cache/gemma-3-270m"
 
@@ -62,6 +64,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "all_reduce_protocols": measured_parallel.protocols,
     "all_reduce_two_shot": measured_parallel.two_shot,
     "all_reduce_sanitizer": measured_parallel.sanitizer,
+    "loaders": measured_loaders.loaders,
     "headline": measured_parallel.headline,
     "vllm": measured_parallel.vllm,
     "sglang": measured_parallel.sglang,

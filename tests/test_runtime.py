@@ -693,7 +693,7 @@ class TestBadInput:
             gemma_fold.load(copied)
 
     def test_quantized_after_folding(self, copied: Path) -> None:
-        """As llm-compressor's `model_free_ptq` leaves it: scales without a place in the model."""
+        """As llm-compressor's `model_free_ptq` leaves it: with scales that nothing would read."""
         self.edit(copied / "config.json", quantization_config={"quant_method": "fp8"})
         with pytest.raises(CheckpointError, match="quantized after folding"):
             gemma_fold.load(copied)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import torch
@@ -78,6 +79,20 @@ def test_a_server_says_what_it_says_for_the_original(
     )
     assert folded == original
     assert original[0] != original[1]
+
+
+def test_a_server_of_the_original_refuses_a_folded_checkpoint_and_serves_on(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder, folded = checkpoints.original("gemma2", 0), checkpoints.folded("gemma2", 1)
+    with started(folder, tmp_path / "log", *OPTIONS) as server:
+        before = server.outputs()
+        server.settle()
+        with pytest.raises(HTTPError) as refused:
+            server.post("/update_weights_from_disk", model_path=str(folded))
+        assert refused.value.code == 400
+        assert b"is a folded checkpoint" in refused.value.read()
+        assert server.outputs() == before
 
 
 def test_the_real_270m_served_by_gemma_fold_says_what_the_original_says(
