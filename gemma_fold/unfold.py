@@ -49,12 +49,17 @@ def unfold(
     plan = hashlib.sha256(manifest.to_bytes() + os.fsencode(os.path.realpath(root))).hexdigest()
     if not (settle(target) == plan and resume):
         check_replaceable(target, None)
-        moved = _write(checkpoint, manifest, target, plan, resume, restart, progress or Progress())
+        moved, notes = _write(
+            checkpoint, manifest, target, plan, resume, restart, progress or Progress()
+        )
     else:
-        moved = {}
+        moved, notes = {}, ()
     warnings = [
-        f"{name} was not in the source and is left out"
-        for name in sorted(set(checkpoint.others) - set(manifest.files) - {MANIFEST})
+        *notes,
+        *(
+            f"{name} was not in the source and is left out"
+            for name in sorted(set(checkpoint.others) - set(manifest.files) - {MANIFEST})
+        ),
     ]
     if not manifest.has_digests:
         warnings.append(
@@ -84,7 +89,8 @@ def _write(
     resume: bool,
     restart: bool,
     progress: Progress,
-) -> dict[str, int]:
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Bytes by method of the copy ladder, and what the user should know."""
     size = _size(manifest)
     with (
         open_digester() as digester,
@@ -110,7 +116,7 @@ def _write(
         proof.begin(CONFIG, *_expected(manifest, CONFIG))
         proof.finish()
         progress.finish()
-    return transfer.moved
+    return transfer.moved, staging.notes
 
 
 def _expected(manifest: Manifest, name: str) -> tuple[tuple[Part, ...], dict[str, str]]:

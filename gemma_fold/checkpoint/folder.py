@@ -7,6 +7,7 @@ anew (openat(2), O_EXCL).
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -134,11 +135,7 @@ class Folder:
         """
         with self.open(name) as inner:
             inner._remove_listed("", listed)
-        try:
-            os.rmdir(name, dir_fd=self.descriptor)
-        except OSError:
-            return False
-        return True
+        return self._remove_empty(name)
 
     def _remove_listed(self, inside: str, listed: Mapping[str, FileState]) -> None:
         for name in self.names():
@@ -148,10 +145,19 @@ class Folder:
             if stat.S_ISDIR(status.st_mode):
                 with self.open(name) as inner:
                     inner._remove_listed(f"{inside}{name}/", listed)
-                with suppress(OSError):
-                    os.rmdir(name, dir_fd=self.descriptor)
+                self._remove_empty(name)
             elif listed.get(inside + name) == FileState.of(status):
                 os.unlink(name, dir_fd=self.descriptor)
+
+    def _remove_empty(self, name: str) -> bool:
+        """Remove the folder `name` if nothing is in it; whether that was so."""
+        try:
+            os.rmdir(name, dir_fd=self.descriptor)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise
+        return True
 
 
 @contextmanager

@@ -66,9 +66,11 @@ def settle(out: Path) -> str | None:
     with _explained(path), open_folder(path.parent) as parent, _locked(parent, path) as work:
         entries = read_journal(work)
         place = _Place(parent, work, Path(os.path.realpath(out)))
-        if entries is None or not place.settle(entries):
+        if entries is None:
+            if not work.names():  # killed before it was marked, or just before it was gone
+                os.rmdir(path.name, dir_fd=parent.descriptor)
             return None
-        return entries.plan
+        return entries.plan if place.settle(entries) else None
 
 
 @dataclass(slots=True)
