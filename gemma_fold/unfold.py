@@ -62,10 +62,12 @@ def unfold(
         )
     else:
         moved, notes = {}, ()
-    warnings = list(notes)
-    warnings += [
-        f"{name} was not in the source and is left out"
-        for name in sorted(set(checkpoint.others) - set(manifest.files) - {MANIFEST})
+    warnings = [
+        *notes,
+        *(
+            f"{name} was not in the source and is left out"
+            for name in sorted(set(checkpoint.others) - set(manifest.files) - {MANIFEST})
+        ),
     ]
     if not manifest.has_digests:
         warnings.append(
@@ -96,6 +98,7 @@ def _write(
     restart: bool,
     progress: Progress,
 ) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Bytes by method of the copy ladder, and what the user should know."""
     size = _size(manifest)
     with (
         open_digester() as digester,

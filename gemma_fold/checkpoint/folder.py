@@ -137,16 +137,6 @@ class Folder:
             inner._remove_listed("", listed)
         return self._remove_empty(name)
 
-    def _remove_empty(self, name: str) -> bool:
-        """Remove the subfolder `name` unless something is in it; whether it is gone."""
-        try:
-            os.rmdir(name, dir_fd=self.descriptor)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                return False
-            raise
-        return True
-
     def _remove_listed(self, inside: str, listed: Mapping[str, FileState]) -> None:
         for name in self.names():
             status = self.status(name)
@@ -158,6 +148,16 @@ class Folder:
                 self._remove_empty(name)
             elif listed.get(inside + name) == FileState.of(status):
                 os.unlink(name, dir_fd=self.descriptor)
+
+    def _remove_empty(self, name: str) -> bool:
+        """Remove the folder `name` if nothing is in it; whether that was so."""
+        try:
+            os.rmdir(name, dir_fd=self.descriptor)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise
+        return True
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from inspect import BoundArguments
 from pathlib import Path
@@ -87,6 +88,8 @@ def save_folded(
         if folder.is_dir() and any(folder.iterdir()):
             _merge(staging.folder.path, folder)
             staging.abandon()
+    for note in staging.notes:
+        warnings.warn(note, stacklevel=3)
 
 
 def _kept_files(folder: Path, new: Path) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The driver: started once under the preloaded shim, it forks for every trial.
 
     LD_PRELOAD=shim.so python -m crash.matrix FOLDER [--scene NAME]... [--fault NAME]... \\
-        [--every N] [--thin N] [--json FILE]
+        [--every N] [--kills N] [--errors N] [--json FILE]
 
 prints the cells with their counts of trials, and exits with 1 where a trial found a problem. With
 --calls it lists the calls of the undisturbed commands instead.
@@ -20,12 +20,13 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints import write_checkpoint
 
 from crash.scenes import OUT, SCENES, Scene, Yard
-from crash.shim import FAULTS, SKIP_SYNC, Call, control
+from crash.shim import FAULTS, KILL, SKIP_SYNC, TORN, Call, Fault, control
 from crash.trees import tree
 from crash.trials import Bench, Trial, fitting
 
@@ -71,16 +72,34 @@ def set_up(folder: Path) -> Bench:
     return bench
 
 
-def play(
-    bench: Bench, scenes: list[Scene], faults: list[str], *, every: int, thin: int
-) -> list[Trial]:
-    """Each `thin`-th trial of these scenes with these faults."""
+@dataclass(frozen=True)
+class Sieve:
+    """Which trials are played.
+
+    Attributes:
+        every: each how many-th of the calls that only look.
+        kills: each how many-th of the kills.
+        errors: each how many-th of the errors; other calls for other faults.
+    """
+
+    every: int
+    kills: int
+    errors: int
+
+    def pick(self, calls: list[Call], fault: Fault) -> list[int]:
+        """Numbers of the calls that get this fault."""
+        thin = self.kills if fault.kind in (KILL, TORN) else self.errors
+        return fitting(calls, fault, self.every)[[*FAULTS].index(fault.name) % thin :: thin]
+
+
+def play(bench: Bench, scenes: list[Scene], faults: list[str], sieve: Sieve) -> list[Trial]:
+    """The trials of these scenes with these faults."""
     yard = bench.yard
     trials = []
     for scene in scenes:
         calls = _calls(bench, scene)
         for fault in (FAULTS[name] for name in faults):
-            for number in fitting(calls, fault, every)[::thin]:
+            for number in sieve.pick(calls, fault):
                 trials.append(bench.trial(scene, number, fault))
     yard.clean(old=False)
     return trials
@@ -143,7 +162,8 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="save_pretrained instead")
     parser.add_argument("--fault", action="append", choices=FAULTS)
     parser.add_argument("--every", type=int, default=1, help="of the calls that only look")
-    parser.add_argument("--thin", type=int, default=1, help="keep each N-th trial")
+    parser.add_argument("--kills", type=int, default=1, help="play each N-th of them")
+    parser.add_argument("--errors", type=int, default=1, help="play each N-th of them")
     parser.add_argument("--calls", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -164,7 +184,7 @@ def main() -> None:
                 print(call.name, call.bits, call.path, sep="\t")
             os.chdir("/")
             return
-        trials = play(bench, scenes, faults, every=given.every, thin=given.thin)
+        trials = play(bench, scenes, faults, Sieve(given.every, given.kills, given.errors))
         found = report(trials, path, time.monotonic() - begin)
         os.chdir("/")
     text = json.dumps(found, indent=1)

@@ -208,7 +208,8 @@ int close(int fd) {
 SIMPLE(mkdir, "mkdir", NAMES, (const char *p, mode_t m), (p, m), AT_FDCWD, p)
 SIMPLE(mkdirat, "mkdir", NAMES, (int d, const char *p, mode_t m), (d, p, m), d, p)
 SIMPLE(unlink, "unlink", CHANGES, (const char *p), (p), AT_FDCWD, p)
-SIMPLE(unlinkat, "unlink", CHANGES, (int d, const char *p, int f), (d, p, f), d, p)
+SIMPLE(unlinkat, f & AT_REMOVEDIR ? "rmdir" : "unlink", CHANGES,
+       (int d, const char *p, int f), (d, p, f), d, p)
 SIMPLE(rmdir, "rmdir", CHANGES, (const char *p), (p), AT_FDCWD, p)
 SIMPLE(rename, "rename", NAMES, (const char *a, const char *b), (a, b), AT_FDCWD, b)
 SIMPLE(renameat, "rename", NAMES, (int d, const char *a, int e, const char *b), (d, a, e, b), e, b)
