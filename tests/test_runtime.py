@@ -549,14 +549,15 @@ class TestSaving:
         assert plain.keys() == back.keys()
         assert all(torch.equal(tensor, back[name]) for name, tensor in plain.items())
 
-    def test_over_a_save_that_was_killed(self, folded: Path, tmp_path: Path) -> None:
+    def test_files_of_other_programs_stay(self, folded: Path, tmp_path: Path) -> None:
         target = tmp_path / "saved"
         target.mkdir()
-        (target / "gemma_fold.json.partial").write_text("{")
         (target / "config.json.partial").write_text("{")
+        (target / "notes.txt").write_text("mine")
         gemma_fold.load(folded).save_pretrained(target)
         assert verify(target).problems == ()
-        assert not list(target.glob("*.partial"))
+        assert (target / "config.json.partial").read_text() == "{"
+        assert (target / "notes.txt").read_text() == "mine"
 
     def test_over_an_earlier_save(self, folded: Path, source: Path, tmp_path: Path) -> None:
         target = tmp_path / "saved"

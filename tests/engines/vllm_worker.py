@@ -46,7 +46,7 @@ def families(root: Path, names: str) -> dict[str, Any]:
 
 def reloads(root: Path) -> dict[str, Any]:
     """Every kind of live update, in both modes: what the engine says after each."""
-    original, folded = root / "gemma3_text", root / "gemma3_text-folded"
+    original, folded = root / "gemma3_untied", root / "gemma3_untied-folded"
     other, other_folded = root / "gemma3_other", root / "gemma3_other-folded"
 
     def each(mode: str) -> dict[str, Any]:  # the engine must be gone before the next one starts
