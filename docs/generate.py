@@ -15,6 +15,7 @@ from pathlib import Path
 import measured
 import measured_loaders
 import measured_parallel
+import measured_reliability
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (
@@ -64,6 +65,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "all_reduce_protocols": measured_parallel.protocols,
     "all_reduce_two_shot": measured_parallel.two_shot,
     "all_reduce_sanitizer": measured_parallel.sanitizer,
+    "crash_matrix": measured_reliability.crash_matrix,
+    "fuzz": measured_reliability.fuzz,
     "loaders": measured_loaders.loaders,
     "headline": measured_parallel.headline,
     "vllm": measured_parallel.vllm,

@@ -134,7 +134,7 @@ def convert(
 @click.option("--against", metavar="SOURCE", help="Compare every byte with the original, too.")
 @_json_option
 def verify(folded: str, against: str | None, as_json: bool) -> None:
-    """Check the FOLDED checkpoint: format, locks, manifest, and every gamma against its rule.
+    """Check the FOLDED checkpoint, all of it: format, locks, and every byte by its digest.
 
     \b
     Examples:

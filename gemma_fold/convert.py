@@ -109,7 +109,7 @@ def convert(
         open_staging(
             target,
             plan_id,
-            size=size,
+            size=size - plan.holes(),
             resume=resume,
             restart=restart or force,
             replaced=replaced,
@@ -123,7 +123,8 @@ def convert(
         if plan.index is not None and checkpoint.index_name is not None:
             transfer.write(checkpoint.index_name, plan.index)
         transfer.write(CONFIG, plan.config)
-        transfer.write(MANIFEST, plan.proven_manifest(transfer.digests if digest else {}))
+        manifest = plan.proven_manifest(transfer.digests if digest else {})
+        transfer.write(MANIFEST, manifest.to_bytes())
         progress.finish()
     return _report(plan, target, size, transfer.moved, staging.notes)
 

@@ -77,6 +77,11 @@ def original_header(original: SourceFile) -> Header:
     )
 
 
+def folded_in(header: Header, manifest: Manifest) -> list[FoldedTensor]:
+    """The folded tensors that a weight file's header names."""
+    return [manifest.tensors[name] for name in header.tensors if name in manifest.tensors]
+
+
 def untouched_runs(folded: Header, original: Header, manifest: Manifest) -> tuple[Run, ...]:
     """Byte runs of the folded file that are the source's own, by offset in both.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -195,6 +195,18 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The JSON text, one line per tensor and file so that it can be read and compared."""
+        return b"".join(self.chunks())
+
+    def chunks(self) -> Iterator[bytes]:
+        """The text piece by piece: a large model's is some hundred megabytes."""
+        digest = hashlib.sha256()
+        for line in self._lines():
+            raw = line.encode()
+            digest.update(raw)
+            yield raw
+        yield _OWN_DIGEST % digest.hexdigest().encode()
+
+    def _lines(self) -> Iterator[str]:
         head = {
             "format": FORMAT,
             "version": self.version,
@@ -212,11 +224,12 @@ class Manifest:
             "directories": list(self.directories),
             "written": dict(self.written),
         }
-        lines = [f"  {_dump(key)}: {_dump(value)}" for key, value in head.items()]
-        lines.append(_block("files", {n: f.to_json() for n, f in self.files.items()}))
-        lines.append(_block("tensors", {n: t.to_json() for n, t in self.tensors.items()}))
-        body = ("{\n" + ",\n".join(lines)).encode()
-        return body + _OWN_DIGEST % hashlib.sha256(body).hexdigest().encode()
+        before = "{\n"
+        for key, value in head.items():
+            yield f"{before}  {_dump(key)}: {_dump(value)}"
+            before = ",\n"
+        yield from _block("files", self.files)
+        yield from _block("tensors", self.tensors)
 
 
 def _is_intact(raw: bytes) -> bool | None:
@@ -232,9 +245,13 @@ def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _block(key: str, entries: Mapping[str, Any]) -> str:
-    body = ",\n".join(f"    {_dump(name)}: {_dump(value)}" for name, value in entries.items())
-    return f"  {_dump(key)}: {{\n{body}\n  }}"
+def _block(key: str, entries: Mapping[str, FoldedTensor | SourceFile]) -> Iterator[str]:
+    yield f",\n  {_dump(key)}: {{\n"
+    before = ""
+    for name, entry in entries.items():
+        yield f"{before}    {_dump(name)}: {_dump(entry.to_json())}"
+        before = ",\n"
+    yield "\n  }"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gemma_fold.checkpoint.copy import hole_bytes
 from gemma_fold.checkpoint.digest import tensor_parts, whole
 from gemma_fold.checkpoint.header import TensorEntry
 from gemma_fold.checkpoint.hub import cached_sha256
@@ -70,7 +71,12 @@ class Plan:
         texts = len(self.config) + len(self.index or b"")
         others = sum(state.size for state in self.checkpoint.others.values())
         files = sum(item.size for item in self.weights) + others + texts
-        return files + len(self.proven_manifest(self._no_digests() if digests_taken else {}))
+        manifest = self.proven_manifest(self._no_digests() if digests_taken else {})
+        return files + sum(map(len, manifest.chunks()))
+
+    def holes(self) -> int:
+        """Bytes of `size` that are holes in the source's files, and stay holes."""
+        return sum(hole_bytes(item.file.path, item.file.state.size) for item in self.weights)
 
     def _no_digests(self) -> dict[str, dict[str, str]]:
         """Digests of the right length for everything that will get one."""
@@ -86,7 +92,9 @@ class Plan:
 
     def digest(self, *, digests_taken: bool) -> str:
         """Changes whenever anything about the source, the result or this version changes."""
-        digest = hashlib.sha256(self.manifest.to_bytes())
+        digest = hashlib.sha256()
+        for chunk in self.manifest.chunks():
+            digest.update(chunk)
         digest.update(os.fsencode(os.path.realpath(self.checkpoint.root)))
         states = {item.file.name: item.file.state for item in self.weights}
         states.update(self.checkpoint.others)
@@ -111,8 +119,8 @@ class Plan:
         planned = self.manifest.files.get(name)
         return found.sha256 if planned is None else planned.sha256
 
-    def proven_manifest(self, digests: Mapping[str, Mapping[str, str]]) -> bytes:
-        """The manifest's text with the digests that were taken, by file and part.
+    def proven_manifest(self, digests: Mapping[str, Mapping[str, str]]) -> Manifest:
+        """The manifest with the digests that were taken, by file and part.
 
         Raises CheckpointError where a file is not what the Hub's cache says it is.
         """
@@ -133,7 +141,7 @@ class Plan:
                     f"{parts['']}, not {file.sha256}; delete it and download it again"
                 )
             files[name] = replace(file, sha256=parts[""])
-        return replace(self.manifest, files=files).to_bytes()
+        return replace(self.manifest, files=files)
 
 
 def plan_conversion(checkpoint: Checkpoint, *, tensor_lock: bool = True) -> Plan:

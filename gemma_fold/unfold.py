@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
+from gemma_fold.checkpoint.copy import hole_bytes
 from gemma_fold.checkpoint.digest import (
     Digester,
     Part,
@@ -21,7 +22,7 @@ from gemma_fold.checkpoint.staging import Staging, open_staging, settle, work_fo
 from gemma_fold.checkpoint.target import check_replaceable, check_target
 from gemma_fold.convert import Report
 from gemma_fold.errors import CheckpointError
-from gemma_fold.folded import open_folded, original_header, restore, untouched_runs
+from gemma_fold.folded import folded_in, open_folded, original_header, restore, untouched_runs
 from gemma_fold.manifest import Manifest
 from gemma_fold.progress import Progress
 from gemma_fold.transfer import Transfer
@@ -53,7 +54,7 @@ def unfold(
     root, target = Path(folded), Path(out)
     checkpoint, manifest = open_folded(root)
     check_target(root, checkpoint.paths(), target, [work_folder(target)])
-    plan = hashlib.sha256(manifest.to_bytes() + os.fsencode(os.path.realpath(root))).hexdigest()
+    plan = _plan(root, manifest)
     finished = settle(target)
     if not resume or not (finished == plan or _is_result(target, manifest)):
         check_replaceable(target, None)
@@ -85,6 +86,14 @@ def unfold(
     )
 
 
+def _plan(root: Path, manifest: Manifest) -> str:
+    digest = hashlib.sha256()
+    for chunk in manifest.chunks():
+        digest.update(chunk)
+    digest.update(os.fsencode(os.path.realpath(root)))
+    return digest.hexdigest()
+
+
 def _size(manifest: Manifest) -> int:
     return sum(file.size for file in manifest.files.values())
 
@@ -100,9 +109,10 @@ def _write(
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """Bytes by method of the copy ladder, and what the user should know."""
     size = _size(manifest)
+    holes = sum(hole_bytes(file.path, file.state.size) for file in checkpoint.weights)
     with (
         open_digester() as digester,
-        open_staging(target, plan, size=size, resume=resume, restart=restart) as staging,
+        open_staging(target, plan, size=size - holes, resume=resume, restart=restart) as staging,
     ):
         proof = _Proof(staging, digester)
         transfer = Transfer(checkpoint.root, staging, progress)
@@ -134,8 +144,8 @@ def _expected(manifest: Manifest, name: str) -> tuple[tuple[Part, ...], dict[str
         digests = {} if file.sha256 is None else {"": file.sha256}
         return (whole(file.size) if digests else ()), digests
     digests = dict(file.tensors or {})
-    digests |= {t.name: t.sha256 for t in manifest.tensors.values() if t.file == name}
     header = original_header(file)
+    digests |= {t.name: t.sha256 for t in folded_in(header, manifest)}
     return tensor_parts(header, header.tensors.keys() - digests.keys()), digests
 
 
@@ -193,8 +203,7 @@ def _write_unfolded(transfer: Transfer, file: WeightFile, manifest: Manifest) ->
     header = original_header(original)
     patches = {
         header.data_start + header.tensors[t.name].start: restore(t, read_tensor(file, t.name))
-        for t in manifest.tensors.values()
-        if t.file == file.name
+        for t in folded_in(header, manifest)
     }
     transfer.patch(
         file.name,

@@ -22,6 +22,7 @@ from gemma_fold.digests import Digests
 from gemma_fold.errors import CheckpointError
 from gemma_fold.fold import fold
 from gemma_fold.folded import (
+    folded_in,
     open_folded,
     original_header,
     restore,
@@ -243,9 +244,7 @@ class _Comparison:
         yield from self._gammas(after, before)
 
     def _gammas(self, after: WeightFile, before: WeightFile) -> Iterator[str]:
-        for tensor in self._manifest.tensors.values():
-            if tensor.file != after.name:
-                continue
+        for tensor in folded_in(after.header, self._manifest):
             raw = read_tensor(before, tensor.name)
             if fold(raw, tensor.dtype, tensor.fold).tobytes() != read_tensor(after, tensor.name):
                 yield f"{tensor.name}: gamma is not the fold of the source's weight"

@@ -323,9 +323,8 @@ def test_inspect_counts_what_bf16_would_lose(source: Path) -> None:
     assert {group.kind for group in found.norms} == {Kind.ZERO_CENTRED}
 
 
-def test_inspect_reads_headers_only(tmp_path: Path) -> None:
-    """A sparse terabyte: reading any large part of it would take hours."""
-    source = write_checkpoint(tmp_path / "model")
+def with_a_sparse_terabyte(source: Path) -> Path:
+    """A checkpoint with a terabyte of zeros that takes no space on the disk."""
     path = source / "model.safetensors"
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -335,7 +334,29 @@ def test_inspect_reads_headers_only(tmp_path: Path) -> None:
     text = json.dumps({**header, "model.layers.0.mlp.down_proj.weight": entry}).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     os.truncate(path, 8 + len(text) + end)
-    assert inspect(source).size == end
+    return source
+
+
+def test_inspect_reads_headers_only(tmp_path: Path) -> None:
+    """Reading any large part of it would take hours."""
+    source = with_a_sparse_terabyte(write_checkpoint(tmp_path / "model"))
+    assert inspect(source).size > 1 << 40
+
+
+def test_holes_stay_holes_and_need_no_space(tmp_path: Path) -> None:
+    source = with_a_sparse_terabyte(write_checkpoint(tmp_path / "model"))
+    if (source / "model.safetensors").stat().st_blocks > 1 << 20:
+        pytest.skip("this file system keeps no holes")
+    convert(source, tmp_path / "out", digest=False)
+    unfold(tmp_path / "out", tmp_path / "back")
+    for folder in ("out", "back"):
+        status = (tmp_path / folder / "model.safetensors").stat()
+        assert status.st_size > 1 << 40
+        assert status.st_blocks * 512 < 1 << 20
+    head = 1 << 16
+    with open(source / "model.safetensors", "rb") as before:
+        with open(tmp_path / "back" / "model.safetensors", "rb") as after:
+            assert before.read(head) == after.read(head)
 
 
 def test_inspect_recognises_a_folded_checkpoint(source: Path, tmp_path: Path) -> None:

@@ -224,6 +224,20 @@ def data_runs(src: int, run: Run) -> Iterator[Run]:
         position = stop
 
 
+def hole_bytes(path: str | os.PathLike[str], size: int) -> int:
+    """How many bytes of a file are in holes; 0 for one that cannot be opened."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return 0  # whoever reads it says why
+    try:
+        if os.fstat(descriptor).st_blocks * 512 >= size:
+            return 0
+        return size - sum(run.length for run in data_runs(descriptor, Run(0, 0, size)))
+    finally:
+        os.close(descriptor)
+
+
 def _clonable(span: _Span) -> tuple[int, int]:
     """The part of a span that consists of whole blocks on both sides."""
     block = os.fstatvfs(span.dst).f_bsize
