@@ -59,8 +59,9 @@ _grad_enabled = torch.is_grad_enabled
 def rms_norm(x: Tensor, gamma: Tensor, eps: float = 1e-6) -> Tensor:
     """RMSNorm with fp32 gain. ``x``: [..., H]; ``gamma``: fp32 [H]. Differentiable in both.
 
-    Returns [..., H] in the dtype of ``x``. ``x`` may have any row stride, and its leading
-    dimensions may be transposed; the columns must be contiguous.
+    Returns [..., H] in the dtype of ``x``. ``x`` may have any row stride, be heads
+    [..., heads, H] cut out of a wider tensor, or have its leading dimensions transposed; the
+    columns must be contiguous.
     """
     if runs_eagerly(x) and not (_grad_enabled() and (x.requires_grad or gamma.requires_grad)):
         return dispatch.rms_norm(x, gamma, eps)

@@ -10,7 +10,17 @@ import os
 
 import pytest
 import torch
-from norm_checks import check_in_place, exact_rope, fused_qkv, gamma, pair_sizes, rows, table, ulps
+from norm_checks import (
+    check_in_place,
+    exact_norm,
+    exact_rope,
+    fused_qkv,
+    gamma,
+    pair_sizes,
+    rows,
+    table,
+    ulps,
+)
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -62,14 +72,38 @@ def test_strides_and_layouts() -> None:
         wide[:, :64].unflatten(0, (2, 5)),
         wide[:, :64].contiguous().view(2, 5, 64).transpose(0, 1),
         wide[0, :64],
+        *heads_of_a_fused_tensor(),
     ):
         got = ops.rms_norm(view, gain, EPS)
         assert got.shape == view.shape
         assert torch.equal(got, ops.rms_norm(view.contiguous(), gain, EPS))
 
 
-def test_rows_without_one_stride_are_refused() -> None:
-    x = rows((4, 3, 128), torch.float32, 18, "cpu")[:, :2, :64]
+def heads_of_a_fused_tensor() -> list[Tensor]:
+    """Query heads of tokens, of batches of tokens, with a gate between, and transposed."""
+    fused = rows((10, 7 * 64 + 3), torch.float32, 18, "cpu")
+    gated = rows((2, 5, 3, 128), torch.float32, 19, "cpu")
+    heads = fused[:, 64 : 5 * 64].unflatten(1, (4, 64))
+    return [
+        heads,
+        heads[:, 1:3],
+        fused[:, 1 : 3 * 64 + 1].unflatten(1, (3, 64)),
+        gated[..., :64],
+        gated[:, :, 1:, 64:],
+        heads.transpose(0, 1),
+    ]
+
+
+def test_heads_of_a_fused_tensor_by_the_formula() -> None:
+    gain = gamma(64, 8, "cpu")
+    for heads in heads_of_a_fused_tensor():
+        got = ops.rms_norm(heads, gain, EPS)
+        assert ulps(got, exact_norm(heads, gain, EPS), torch.float32) <= 8.0
+        assert ops.rms_norm_fp8(heads, gain, eps=EPS)[0].shape == heads.shape
+
+
+def test_rows_of_three_strides_are_refused() -> None:
+    x = rows((4, 3, 3, 128), torch.float32, 18, "cpu")[:, :2, :2, :64]
     with pytest.raises(ValueError, match="pass a contiguous copy"):
         ops.rms_norm(x, gamma(64, 19, "cpu"))
 

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from gemma_fold.kernels.add_rms_norm import add_rms_norm_kernel
-from gemma_fold.kernels.layout import row_stride, token_stride
+from gemma_fold.kernels.layout import row_stride, row_strides, token_stride
 from gemma_fold.kernels.qk_rms_norm import qk_rms_norm_kernel
 from gemma_fold.kernels.qk_rms_norm_rope import qk_rms_norm_rope_kernel
 from gemma_fold.kernels.rms_norm import rms_norm_kernel
@@ -143,11 +143,17 @@ def _row_count(elements: int, hidden: int) -> int:
 
 
 def _plan_rows(
-    kernel: Any, name: str, x: Tensor, strides: tuple[int, ...], fp8: str | None
+    kernel: Any,
+    name: str,
+    x: Tensor,
+    strides: tuple[int, ...],
+    fp8: str | None,
+    heads: tuple[int, int] | None = None,
 ) -> Plan:
+    """``heads``: their number and stride, for a kernel that takes them."""
     hidden, itemsize = x.shape[-1], x.element_size()
     rows = _row_count(x.numel(), hidden)
-    unit, steps = _steps(x, strides)
+    unit, steps = _steps(x, strides if heads is None else (*strides, heads[1]))
     config = row_config(name, fp8 is not None, hidden * itemsize, rows)
     constants = {
         "UNIT": unit,
@@ -161,13 +167,17 @@ def _plan_rows(
         "GAMMA": config.gamma,
         "STORE": config.store,
     }
+    if heads is not None:
+        *steps, head_step = steps
+        constants |= {"HEADS": heads[0], "HEAD_STEP": head_step}
     programs = -(-rows // config.together)
     return Plan(kernel, x, programs, (rows, *steps), constants, config.warps * config.together)
 
 
 def plan_rms_norm(x: Tensor, fp8: str | None = None) -> Plan:
     """Called with ``(x, gamma, y, scale), (eps,)``."""
-    return _plan_rows(rms_norm_kernel, "rms_norm", x, (row_stride(x, "x"),), fp8)
+    stride, heads, head_stride = row_strides(x, "x")
+    return _plan_rows(rms_norm_kernel, "rms_norm", x, (stride,), fp8, (heads, head_stride))
 
 
 def plan_add_rms_norm(x: Tensor, residual: Tensor, fp8: str | None = None) -> Plan:

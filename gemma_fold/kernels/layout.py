@@ -1,7 +1,8 @@
 """Checks and row layout: what the kernels may read, said before anything is read.
 
 A kernel sees its operands as rows of ``H`` elements with unit stride inside the row and one stride
-between rows. Anything else is refused here with a Python error, never read wrongly.
+between rows, or two where the rows are heads of a wider tensor. Anything else is refused here with
+a Python error, never read wrongly.
 """
 
 from __future__ import annotations
@@ -129,6 +130,24 @@ def row_stride(x: Tensor, name: str) -> int:
         f"{name} with shape {list(x.shape)} and strides {list(x.stride())} is not rows of "
         "contiguous elements one stride apart; pass a contiguous copy"
     )
+
+
+def row_strides(x: Tensor, name: str) -> tuple[int, int, int]:
+    """Where the rows of ``x`` lie: one stride apart, or heads [..., heads, H] of a wider tensor.
+
+    Returns:
+        Elements from one token to the next, heads a token, and elements from one head to the next;
+        ``(stride, 1, 0)`` where all rows are one stride apart.
+
+    Raises:
+        ValueError: neither describes them.
+    """
+    try:
+        return row_stride(x, name), 1, 0
+    except ValueError:
+        if x.dim() < 3 or x.stride(-1) != 1:
+            raise
+    return token_stride(x, name), x.shape[-2], x.stride(-2)
 
 
 def token_stride(heads: Tensor, name: str) -> int:

@@ -10,7 +10,7 @@ from gemma_fold.kernels import rows as R
 
 @triton.jit(do_not_specialize=["n_rows", "x_step"])
 def rms_norm_kernel(
-    x_ptr,  # [n_rows, H] bf16/fp16/fp32, row stride x_step * UNIT
+    x_ptr,  # [n_rows / HEADS, HEADS, H] bf16/fp16/fp32, strides x_step and HEAD_STEP in UNITs, 1
     gamma_ptr,  # [H] fp32
     y_ptr,  # [n_rows, H] dtype of x, or e4m3; contiguous
     scale_ptr,  # fp32: [1] read (static) or [n_rows] written (per token); None without fp8
@@ -27,6 +27,8 @@ def rms_norm_kernel(
     FENCE: tl.constexpr,
     GAMMA: tl.constexpr,  # when it is read: FIRST, WITH_ROWS or LAST
     STORE: tl.constexpr,  # cache modifier of the stores
+    HEADS: tl.constexpr,  # rows of a token, where they are not the stride of tokens apart
+    HEAD_STEP: tl.constexpr,
 ):
     rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
     live = rows < n_rows
@@ -35,7 +37,11 @@ def rms_norm_kernel(
     if GAMMA == R.FIRST:
         gamma = R.load_gamma(gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
     R.wait_for_previous(PDL)
-    x = R.load(x_ptr, wide * (x_step * UNIT), live, H, CHUNK, M, "")
+    if HEADS == 1:
+        at = wide * (x_step * UNIT)
+    else:
+        at = (wide // HEADS) * (x_step * UNIT) + (wide % HEADS) * (HEAD_STEP * UNIT)
+    x = R.load(x_ptr, at, live, H, CHUNK, M, "")
     if GAMMA == R.WITH_ROWS:
         gamma = R.load_gamma(gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
     R.fence(FENCE, PDL)

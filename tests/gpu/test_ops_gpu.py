@@ -171,6 +171,9 @@ def test_strides_offsets_and_layouts() -> None:
         "leading dimensions": wide[:, :640].unflatten(0, (5, 10)),
         "transposed heads": wide[:, :1280].contiguous().view(5, 10, 2, 640).transpose(1, 2),
         "vector": wide[0, :640],
+        "heads of a fused tensor": wide[:, 640:1920].unflatten(1, (2, 640)),
+        "unaligned heads": wide[:, 1:1281].unflatten(1, (2, 640)),
+        "gated heads": wide[:, :1280].unflatten(1, (2, 640))[:, ::2],
     }
     for name, view in views.items():
         got = ops.rms_norm(view, gain, EPS)

@@ -65,9 +65,7 @@ def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
     """
     order = layout.memory_order(x)
     rows = x if order is None else x.permute(tuple(order))
-    if (
-        rows.dim() > 2 or rows.stride(-1) != 1
-    ):  # heads sliced out of a packed projection are not one stride apart
+    if rows.dim() > 3 or rows.stride(-1) != 1:
         rows = rows.contiguous()
     normed = ops.rms_norm(rows, gamma, eps)
     return normed if order is None else normed.permute(layout.inverse(order))
