@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 from checkpoints import gemma3_tensors, tree, write_checkpoint
 
+from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.checkpoint.staging import work_folder
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
+from gemma_fold.commands.unfold import unfold
+from gemma_fold.commands.verify import verify
 from gemma_fold.errors import CheckpointError, EnvironmentProblem, UsageError
-from gemma_fold.progress import Progress
-from gemma_fold.unfold import unfold
-from gemma_fold.verify import verify
 
 # Runs a conversion that dies by SIGKILL at its n-th event: a file begun, or bytes written.
 DYING = """
 import os, signal, sys
-from gemma_fold.{module} import {module} as run
-from gemma_fold.progress import Progress
+from gemma_fold.commands.{module} import {module} as run
+from gemma_fold.checkpoint.progress import Progress
 
 class Dying(Progress):
     left = int(sys.argv[3])
@@ -158,7 +158,8 @@ def test_two_converters_on_one_output(tmp_path: Path) -> None:
 # The command line, interrupted by a real SIGINT when its second file begins.
 INTERRUPTED = """
 import os, signal, sys
-from gemma_fold import cli, render
+from gemma_fold import cli
+from gemma_fold.commands import render
 
 class Interrupted(render.ProgressBar):
     def file(self, name, number):

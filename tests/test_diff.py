@@ -23,13 +23,13 @@ from hubserver import HubServer
 from safetensors.numpy import save_file
 
 from gemma_fold.checkpoint.header import TensorEntry, render_header
-from gemma_fold.convert import convert
-from gemma_fold.diff import Limits, Options, diff
-from gemma_fold.diff.norms import BUCKETS, TensorClass, ulp_distance
-from gemma_fold.diff.report import SCHEMA, markdown, text, to_json
-from gemma_fold.diff.sides import open_side
-from gemma_fold.diff.structure import compare_structure
-from gemma_fold.diff.weights import compare_weights
+from gemma_fold.commands.convert import convert
+from gemma_fold.compare import Limits, Options, diff
+from gemma_fold.compare.report.writers import SCHEMA, markdown, text, to_json
+from gemma_fold.compare.sides import open_side
+from gemma_fold.compare.structure import compare_structure
+from gemma_fold.compare.weights.norms import BUCKETS, TensorClass, ulp_distance
+from gemma_fold.compare.weights.tensors import compare_weights
 from gemma_fold.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -511,7 +511,8 @@ def test_a_later_format_and_a_lost_config_are_refused(folded: Path, tmp_path: Pa
 
 def test_weights_are_compared_without_torch(original: Path, folded: Path) -> None:
     code = (
-        "import sys; from gemma_fold.diff import Options, diff; from gemma_fold.diff import report;"
+        "import sys; from gemma_fold.compare import Options, diff;"
+        "from gemma_fold.compare.report import writers as report;"
         f"found = diff({str(original)!r}, {str(folded)!r}, Options(outputs=False));"
         "print(report.text(found));"
         "sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()) or not found.verdict.same)"

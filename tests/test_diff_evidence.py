@@ -18,13 +18,13 @@ from logprob_server import LogprobServer
 from test_diff_outputs import LETTERS, add_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from gemma_fold.diff import Limits, Options, Report, diff
-from gemma_fold.diff.endpoint import Position
-from gemma_fold.diff.outputs import compare_rows, summarize
-from gemma_fold.diff.report import text, to_json
-from gemma_fold.diff.results import Outputs
-from gemma_fold.diff.top import compare_positions
-from gemma_fold.diff.verdict import judge
+from gemma_fold.compare import Limits, Options, Report, diff
+from gemma_fold.compare.outputs.results import Outputs
+from gemma_fold.compare.outputs.server import Position
+from gemma_fold.compare.outputs.stats import compare_rows, summarize
+from gemma_fold.compare.outputs.top_k import compare_positions
+from gemma_fold.compare.report.verdict import judge
+from gemma_fold.compare.report.writers import text, to_json
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

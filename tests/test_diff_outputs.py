@@ -24,16 +24,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import gemma_fold
-from gemma_fold.convert import convert
-from gemma_fold.diff import Limits, Options, Report, diff
-from gemma_fold.diff import outputs as statistics
-from gemma_fold.diff.engine import explaining_memory, running
-from gemma_fold.diff.norms import TensorClass
-from gemma_fold.diff.outputs import compare_rows, join, summarize
-from gemma_fold.diff.report import markdown, text, to_json
-from gemma_fold.diff.results import PERCENTILES, OutputStats, first_difference
-from gemma_fold.diff.sides import open_side
-from gemma_fold.diff.tokens import NothingInCommonError, split_windows
+from gemma_fold.commands.convert import convert
+from gemma_fold.compare import Limits, Options, Report, diff
+from gemma_fold.compare.outputs import stats as statistics
+from gemma_fold.compare.outputs.results import PERCENTILES, OutputStats, first_difference
+from gemma_fold.compare.outputs.stats import compare_rows, join, summarize
+from gemma_fold.compare.outputs.tokens import NothingInCommonError, split_windows
+from gemma_fold.compare.outputs.transformers import explaining_memory, running
+from gemma_fold.compare.report.writers import markdown, text, to_json
+from gemma_fold.compare.sides import open_side
+from gemma_fold.compare.weights.norms import TensorClass
 from gemma_fold.errors import (
     CheckpointError,
     EnvironmentProblem,
@@ -359,7 +359,7 @@ def test_reports_carry_the_outputs(root: Path, tmp_path: Path) -> None:
         assert "mean KL(A||B), nats" in page.replace("\\|", "|") and "NOISE FLOOR" in page
         assert "99.9 %" in page and "perplexity ratio B / A" in page
     pytest.importorskip("matplotlib")
-    from gemma_fold.diff.html import html
+    from gemma_fold.compare.report.html import html
 
     page = html(report)
     assert page.count("<svg") == 4 and "Greedy continuations" in page

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 import gemma_fold
-import gemma_fold.runtime.transformers
-from gemma_fold.convert import convert
+import gemma_fold.engines.transformers.plugin
+from gemma_fold.commands.convert import convert
 from gemma_fold.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore")

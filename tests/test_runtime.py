@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gemma_fold
-import gemma_fold.runtime.transformers
-from gemma_fold.convert import convert
+import gemma_fold.engines.transformers.plugin
+from gemma_fold.commands.convert import convert
+from gemma_fold.commands.unfold import unfold
+from gemma_fold.commands.verify import verify
+from gemma_fold.engines.transformers import layers as sandwich
+from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import AlreadyFoldedError, CheckpointError, NothingToFoldError, UsageError
-from gemma_fold.runtime import sandwich
-from gemma_fold.runtime.norm import FoldedNorm
-from gemma_fold.unfold import unfold
-from gemma_fold.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,13 +15,13 @@ import torch
 from local_server import free_port, running
 from test_runtime import tiny_tokenizer
 
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
+from gemma_fold.engines.serve import serve
 from gemma_fold.errors import CheckpointError, EnvironmentProblem, UsageError
-from gemma_fold.runtime.serve import serve
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-OURS = "import sys; from gemma_fold.runtime.serve import serve; serve(sys.argv[1], port={port})"
+OURS = "import sys; from gemma_fold.engines.serve import serve; serve(sys.argv[1], port={port})"
 PLAIN = (
     "import sys, typer; from transformers.cli.serve import Serve; app = typer.Typer(); "
     "app.command()(Serve); app([sys.argv[1], '--host', '127.0.0.1', '--port', '{port}'])"

@@ -14,13 +14,13 @@ from checkpoints import gemma3_tensors, tree, write_checkpoint
 from commands import run
 
 from gemma_fold.checkpoint.folder import open_folder
+from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.checkpoint.rename import exchange, rename_new
 from gemma_fold.checkpoint.staging import work_folder
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
+from gemma_fold.commands.unfold import unfold
+from gemma_fold.commands.verify import verify
 from gemma_fold.errors import CheckpointError, EnvironmentProblem, UsageError
-from gemma_fold.progress import Progress
-from gemma_fold.unfold import unfold
-from gemma_fold.verify import verify
 
 OPTIONS = [[], ["--resume"], ["--restart"], ["--force"], ["--force", "--resume"]]
 

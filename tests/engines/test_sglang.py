@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
 from gemma_fold.errors import (
     CheckpointError,
     EnvironmentProblem,
@@ -238,7 +238,7 @@ def test_gammas_without_the_tensor_lock_are_refused(
 
 
 def test_a_version_of_sglang_that_lacks_a_hook(sglang: Any) -> None:
-    from gemma_fold.runtime.sglang import plugin
+    from gemma_fold.engines.sglang import plugin
 
     hook = plugin._HOOKS[0]
     for target, parameters in (

@@ -24,7 +24,7 @@ import vllm_models
 from local_server import free_port, running
 from safetensors.torch import load_file, save_file
 
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -317,7 +317,9 @@ def folded_270m(real_270m: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def report(text: Path, *arguments: str | Path) -> Any:
     """What `gemma-fold diff --json` finds of two sides that are the same, over a short text."""
-    text.write_text(files("gemma_fold.diff").joinpath("text.txt").read_text("utf-8")[:1500])
+    text.write_text(
+        files("gemma_fold.compare.outputs").joinpath("text.txt").read_text("utf-8")[:1500]
+    )
     options = ("--text", text, "--new-tokens", "16", "--json")
     done = subprocess.run(
         command("diff", *arguments, *options),

@@ -1,0 +1,1 @@
+"""Hugging Face transformers loads, runs and saves folded checkpoints."""
