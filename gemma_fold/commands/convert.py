@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_fold.checkpoint import hub
 from gemma_fold.checkpoint.digest import open_digester, tensor_parts
+from gemma_fold.checkpoint.locate import open_source
 from gemma_fold.checkpoint.progress import Progress
-from gemma_fold.checkpoint.source import CONFIG, MANIFEST, Checkpoint, Origin, open_checkpoint
+from gemma_fold.checkpoint.source import CONFIG, Checkpoint
 from gemma_fold.checkpoint.staging import Staging, open_staging, settle, work_folder
 from gemma_fold.checkpoint.target import check_replaceable, check_target
 from gemma_fold.checkpoint.transfer import Transfer
 from gemma_fold.commands.plan import Plan, WeightPlan, plan_conversion
 from gemma_fold.errors import CheckpointError, UsageError
-from gemma_fold.format.manifest import CONVERTED, read_manifest
+from gemma_fold.format.manifest import read_manifest
+from gemma_fold.format.names import CONVERTED, MANIFEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +43,6 @@ class Report:
     size: int
     copied: Mapping[str, int]
     warnings: tuple[str, ...]
-
-
-def load_source(source: str | os.PathLike[str]) -> Checkpoint:
-    """Open a folder, or download a Hub id (`org/name[@revision]`) and open its snapshot."""
-    text = os.fspath(source)
-    if not hub.looks_like_hub_id(text):
-        return open_checkpoint(text)
-    repo_id, revision = hub.parse_hub_id(text)
-    path, commit = hub.download(repo_id, revision)
-    return open_checkpoint(path, Origin(repo_id, repo_id, commit))
 
 
 def convert(
@@ -92,7 +83,7 @@ def convert(
         UsageError: `out` is in the way, or endangers the source.
         EnvironmentProblem: disk or permissions; what was done is kept for `resume`.
     """
-    checkpoint = load_source(source)
+    checkpoint = open_source(source)
     target = Path(out)
     check_target(checkpoint.root, checkpoint.paths(), target, _removable(target, force=force))
     finished = None if dry_run else settle(target)

@@ -12,6 +12,7 @@ from typing import Any
 
 from gemma_fold.checkpoint import hub
 from gemma_fold.checkpoint.header import TensorEntry
+from gemma_fold.checkpoint.locate import Source, hub_id
 from gemma_fold.checkpoint.source import Checkpoint, WeightFile, open_checkpoint, read_tensor
 from gemma_fold.format.arithmetic import count_rounded, fold, is_foldable_dtype
 from gemma_fold.rules import Classification, Evidence, Fold, Kind, TensorRule, Verdict, classify
@@ -87,7 +88,7 @@ class Inspection:
         return sum(known) if known else None
 
 
-def inspect(source: str | os.PathLike[str]) -> Inspection:
+def inspect(source: Source) -> Inspection:
     """Inspect a folder or a Hub id (`org/name[@revision]`).
 
     Only headers and `config.json` are read, by range requests for a Hub id; in a local folder that
@@ -96,9 +97,10 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
     Raises CheckpointError for a damaged or incomplete checkpoint.
     """
     text = os.fspath(source)
-    if hub.looks_like_hub_id(text):
-        return _inspect_hub(text)
-    checkpoint = open_checkpoint(text)
+    found = hub_id(source)
+    if found is not None:
+        return _inspect_hub(text, *found)
+    checkpoint = open_checkpoint(source)
     classification = classify(checkpoint.config, checkpoint.shapes())
     changes = _bf16_changes(checkpoint, classification)
     entries = [t for f in checkpoint.weights for t in f.header.tensors.values()]
@@ -107,8 +109,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
     )
 
 
-def _inspect_hub(text: str) -> Inspection:
-    repo_id, revision = hub.parse_hub_id(text)
+def _inspect_hub(text: str, repo_id: str, revision: str | None) -> Inspection:
     remote = hub.fetch_headers(repo_id, revision)
     entries = [t for header in remote.headers.values() for t in header.tensors.values()]
     classification = classify(remote.config, {t.name: t.shape for t in entries})

@@ -14,24 +14,17 @@ from gemma_fold.checkpoint.digest import tensor_parts, whole
 from gemma_fold.checkpoint.header import TensorEntry
 from gemma_fold.checkpoint.hub import cached_sha256
 from gemma_fold.checkpoint.layout import Layout, replace_tensors
-from gemma_fold.checkpoint.source import (
-    CONFIG,
-    MANIFEST,
-    Checkpoint,
-    WeightFile,
-    read_tensor,
-    resized_index,
-)
+from gemma_fold.checkpoint.source import CONFIG, Checkpoint, WeightFile, read_tensor, resized_index
 from gemma_fold.errors import AlreadyFoldedError, CheckpointError
 from gemma_fold.format.arithmetic import count_non_finite, find_exceptions, fold, is_foldable_dtype
 from gemma_fold.format.manifest import (
-    CONVERTED,
     FoldedTensor,
     Manifest,
     SourceFile,
     folded_config,
     read_manifest,
 )
+from gemma_fold.format.names import CONVERTED, MANIFEST
 from gemma_fold.rules import Classification, TensorRule, classify
 
 _OTHER_WEIGHTS = re.compile(r"(pytorch_model|model|consolidated)[^/]*\.(bin|pt|pth)|[^/]*\.gguf")

@@ -18,13 +18,14 @@ from gemma_fold.checkpoint.digest import (
     whole,
 )
 from gemma_fold.checkpoint.progress import Progress
-from gemma_fold.checkpoint.source import CONFIG, MANIFEST, Checkpoint, WeightFile, read_tensor
+from gemma_fold.checkpoint.source import CONFIG, Checkpoint, WeightFile, read_tensor
 from gemma_fold.checkpoint.staging import Staging, open_staging, settle, work_folder
 from gemma_fold.checkpoint.target import check_replaceable, check_target
 from gemma_fold.checkpoint.transfer import Transfer
 from gemma_fold.commands.convert import Report
 from gemma_fold.errors import CheckpointError
 from gemma_fold.format.manifest import Manifest
+from gemma_fold.format.names import MANIFEST
 from gemma_fold.format.reader import (
     folded_in,
     open_folded,

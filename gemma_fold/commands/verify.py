@@ -9,20 +9,20 @@ from pathlib import Path
 
 from gemma_fold.checkpoint.header import ITEMSIZE
 from gemma_fold.checkpoint.layout import Run
+from gemma_fold.checkpoint.locate import open_source
 from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.checkpoint.source import (
     CONFIG,
-    MANIFEST,
     Checkpoint,
     WeightFile,
     parse_json_object,
     read_tensor,
 )
-from gemma_fold.commands.convert import load_source
 from gemma_fold.errors import CheckpointError
 from gemma_fold.format.arithmetic import fold
 from gemma_fold.format.digests import Digests
-from gemma_fold.format.manifest import ARCHITECTURE_PREFIX, Manifest, base_config, read_manifest
+from gemma_fold.format.manifest import Manifest, base_config, read_manifest
+from gemma_fold.format.names import ARCHITECTURE_PREFIX, MANIFEST
 from gemma_fold.format.reader import (
     folded_in,
     open_folded,
@@ -75,7 +75,7 @@ def verify(
     """
     root = Path(folded)
     read_manifest(root)
-    source = load_source(against) if against is not None else None
+    source = open_source(against) if against is not None else None
     try:
         checkpoint, manifest = open_folded(root)
     except CheckpointError as error:

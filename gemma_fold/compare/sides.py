@@ -10,9 +10,9 @@ from typing import Any
 
 from gemma_fold.checkpoint import hub
 from gemma_fold.checkpoint.header import Header, TensorEntry
-from gemma_fold.checkpoint.source import MANIFEST, Checkpoint
-from gemma_fold.commands.convert import load_source
-from gemma_fold.format.manifest import MODEL_TYPE, unwrap_config
+from gemma_fold.checkpoint.locate import Source, hub_id, open_source
+from gemma_fold.format.manifest import unwrap_config
+from gemma_fold.format.names import MANIFEST, MODEL_TYPE
 from gemma_fold.rules import Fold, Verdict, classify
 
 
@@ -49,9 +49,9 @@ class Side:
         }
 
 
-def open_side(source: str | os.PathLike[str]) -> Side:
+def open_side(source: Source) -> Side:
     """Open a folder, or download a Hub id and open its snapshot. Raises CheckpointError."""
-    checkpoint: Checkpoint = load_source(source)
+    checkpoint = open_source(source)
     return _side(
         os.fspath(source),
         checkpoint.origin.commit,
@@ -62,14 +62,14 @@ def open_side(source: str | os.PathLike[str]) -> Side:
     )
 
 
-def open_headers(source: str | os.PathLike[str]) -> Side:
+def open_headers(source: Source) -> Side:
     """The same from headers alone: nothing of a Hub id is downloaded but those."""
-    text = os.fspath(source)
-    if not hub.looks_like_hub_id(text):
-        return open_side(text)
-    remote = hub.fetch_headers(*hub.parse_hub_id(text))
+    found = hub_id(source)
+    if found is None:
+        return open_side(source)
+    remote = hub.fetch_headers(*found)
     others = {n: size for n, size in remote.files.items() if n not in remote.headers}
-    return _side(text, remote.commit, None, remote.config, remote.headers, others)
+    return _side(os.fspath(source), remote.commit, None, remote.config, remote.headers, others)
 
 
 def _side(

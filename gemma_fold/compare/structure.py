@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_fold.checkpoint.header import TensorEntry
-from gemma_fold.checkpoint.source import MANIFEST
 from gemma_fold.compare.sides import Side
+from gemma_fold.format.names import MANIFEST
 
 _ABSENT = "(absent)"
 #: Keys that do not change what the model computes.

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_fold.checkpoint.source import CONFIG, MANIFEST
+from gemma_fold.checkpoint.source import CONFIG
 from gemma_fold.errors import CheckpointError
-from gemma_fold.format.manifest import MODEL_TYPE, unwrap_config
+from gemma_fold.format.manifest import unwrap_config
+from gemma_fold.format.names import MANIFEST, MODEL_TYPE
 
 
 def native_config(config: dict[str, Any], where: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gemma_fold.checkpoint import hub
+from gemma_fold.checkpoint.locate import fetch
 from gemma_fold.errors import EnvironmentProblem, GemmaFoldError, UsageError
 from gemma_fold.format.reader import open_folded
 
@@ -39,7 +39,7 @@ def serve(
     if engine not in ENGINES:
         raise UsageError(f"there is no engine {engine}; choose from {', '.join(ENGINES)}")
     engine = _installed() if engine == "auto" else engine
-    folder = _folder(os.fspath(checkpoint))
+    folder = fetch(checkpoint)[0]
     open_folded(folder)
     _check_port(host, port)
     _SERVERS[engine](folder, host, port, engine_args)
@@ -48,14 +48,6 @@ def serve(
 def _installed() -> str:
     """The first engine that is installed; transformers, which says what to do, where none is."""
     return next((name for name in _SERVERS if importlib.util.find_spec(name)), "transformers")
-
-
-def _folder(checkpoint: str) -> Path:
-    if not hub.looks_like_hub_id(checkpoint):
-        return Path(checkpoint)
-    repo_id, revision = hub.parse_hub_id(checkpoint)
-    path, _ = hub.download(repo_id, revision)
-    return Path(path)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING
 from gemma_fold.checkpoint.fields import parse_json_object
 from gemma_fold.checkpoint.header import Header, parse_header
 from gemma_fold.checkpoint.names import check_top_name, shown
-from gemma_fold.checkpoint.source import (
-    CONFIG,
-    INDEX_SUFFIX,
-    MANIFEST,
-    check_config,
-    index_map,
-)
+from gemma_fold.checkpoint.source import CONFIG, INDEX_SUFFIX, check_config, index_map
 from gemma_fold.errors import CheckpointError
+from gemma_fold.format.names import MANIFEST
 
 if TYPE_CHECKING:
     from gemma_fold.format.manifest import Manifest, SourceFile

@@ -17,17 +17,14 @@ from typing import Any, cast, get_args
 from gemma_fold._version import __version__
 from gemma_fold.checkpoint.fields import Fields, parse_json_object
 from gemma_fold.checkpoint.names import check_name, shown
-from gemma_fold.checkpoint.source import CONFIG, MANIFEST, Origin, check_config, read_small
+from gemma_fold.checkpoint.source import CONFIG, Origin, check_config, read_small
 from gemma_fold.errors import CheckpointError
 from gemma_fold.format.arithmetic import FOLDABLE_DTYPES, Exceptions
 from gemma_fold.format.consistency import check_consistent
+from gemma_fold.format.names import ARCHITECTURE_PREFIX, FORMAT, MANIFEST, MODEL_TYPE
 from gemma_fold.rules import Fold
 from gemma_fold.rules.model import NormName, Rounding
 
-FORMAT = 1
-MODEL_TYPE = "gemma_fold"
-ARCHITECTURE_PREFIX = "GemmaFold"
-CONVERTED, SAVED = "convert", "save_pretrained"
 _OWN_DIGEST = b',\n  "sha256": "%s"\n}\n'
 
 

@@ -8,12 +8,7 @@ from pathlib import Path
 
 from gemma_fold.checkpoint.header import Header, parse_header
 from gemma_fold.checkpoint.layout import Run, merge_runs
-from gemma_fold.checkpoint.source import (
-    CONFIG,
-    MANIFEST,
-    Checkpoint,
-    open_checkpoint,
-)
+from gemma_fold.checkpoint.source import CONFIG, Checkpoint, open_checkpoint
 from gemma_fold.errors import CheckpointError
 from gemma_fold.format.arithmetic import decode
 from gemma_fold.format.arithmetic import unfold as unfold_tensor
@@ -24,6 +19,7 @@ from gemma_fold.format.manifest import (
     base_config,
     read_manifest,
 )
+from gemma_fold.format.names import MANIFEST
 
 
 def open_folded(folder: Path) -> tuple[Checkpoint, Manifest]:

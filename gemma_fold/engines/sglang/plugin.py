@@ -14,7 +14,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from gemma_fold.engines.checks import native_config
 from gemma_fold.engines.sglang import all_reduce, weights
 from gemma_fold.errors import EnvironmentProblem
-from gemma_fold.format.manifest import MODEL_TYPE
+from gemma_fold.format.names import MODEL_TYPE
 
 #: The version that the tests run.
 TESTED = "0.5.21"

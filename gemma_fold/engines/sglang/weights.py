@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma_fold.checkpoint.source import MANIFEST
 from gemma_fold.engines import arithmetic
 from gemma_fold.engines.sglang.mode import Mode, mode_of
 from gemma_fold.engines.sglang.norms import adopt, gained_norms, zero_centred_norms
 from gemma_fold.errors import CheckpointError, GemmaFoldError, UnsupportedModelError
-from gemma_fold.format.manifest import MODEL_TYPE, FoldedTensor, read_manifest
+from gemma_fold.format.manifest import FoldedTensor, read_manifest
+from gemma_fold.format.names import MANIFEST, MODEL_TYPE
 
 _STATE = "gemma_fold_weights"
 

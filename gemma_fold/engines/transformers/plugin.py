@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from gemma_fold.checkpoint.header import read_header
-from gemma_fold.checkpoint.hub import looks_like_hub_id, parse_hub_id
-from gemma_fold.checkpoint.source import CONFIG, MANIFEST
+from gemma_fold.checkpoint.locate import hub_id
+from gemma_fold.checkpoint.source import CONFIG
 from gemma_fold.engines.checks import check_loaded, native_config
 from gemma_fold.errors import CheckpointError, EnvironmentProblem, UnsupportedModelError
-from gemma_fold.format.manifest import MODEL_TYPE, read_manifest
+from gemma_fold.format.manifest import read_manifest
+from gemma_fold.format.names import MANIFEST, MODEL_TYPE
 from gemma_fold.format.reader import check_gammas
 
 MINIMUM = (5, 17)
@@ -80,8 +81,9 @@ def load(path_or_hub_id: str | os.PathLike[str], **kwargs: Any) -> Any:
         UnsupportedModelError: the installed transformers does not know the model.
     """
     name = os.fspath(path_or_hub_id)
-    if looks_like_hub_id(name):
-        name, revision = parse_hub_id(name)
+    found = hub_id(name)
+    if found is not None:
+        name, revision = found
         kwargs |= {"revision": revision} if revision else {}
     elif not os.path.isdir(name):
         problem = "is a file" if os.path.exists(name) else "does not exist"

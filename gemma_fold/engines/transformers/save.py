@@ -28,7 +28,6 @@ from gemma_fold.checkpoint.folder import open_folder
 from gemma_fold.checkpoint.layout import Layout, replace_tensors
 from gemma_fold.checkpoint.source import (
     CONFIG,
-    MANIFEST,
     SKIPPED_DIRECTORIES,
     Checkpoint,
     Origin,
@@ -42,7 +41,8 @@ from gemma_fold.engines.transformers.fold_model import weights_dtype
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import CheckpointError, UnsupportedModelError, UsageError
 from gemma_fold.format.arithmetic import decode, fold, unfold
-from gemma_fold.format.manifest import SAVED, FoldedTensor, Manifest, SourceFile, folded_config
+from gemma_fold.format.manifest import FoldedTensor, Manifest, SourceFile, folded_config
+from gemma_fold.format.names import MANIFEST, SAVED
 from gemma_fold.rules import TensorRule, classify
 
 _STORAGE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from gemma_fold.engines.checks import native_config
 from gemma_fold.errors import CheckpointError, EnvironmentProblem
-from gemma_fold.format.manifest import MODEL_TYPE
+from gemma_fold.format.names import MODEL_TYPE
 
 #: Attribute of the config that holds the folded checkpoint's own block: format, tensors, version.
 MARK = MODEL_TYPE
