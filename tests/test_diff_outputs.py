@@ -36,7 +36,7 @@ from gemma_fold.compare.sides import open_side
 from gemma_fold.compare.weights.norms import TensorClass
 from gemma_fold.errors import (
     CheckpointError,
-    EnvironmentProblem,
+    HostError,
     UnsupportedModelError,
     UsageError,
 )
@@ -444,7 +444,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(root: Path) -> None:
 
 def test_running_out_of_memory_is_one_line() -> None:
     with (
-        pytest.raises(EnvironmentProblem, match=r"out of memory on cpu while model was run; try"),
+        pytest.raises(HostError, match=r"out of memory on cpu while model was run; try"),
         explaining_memory("model", torch.device("cpu")),
     ):
         torch.empty(1 << 60)  # the allocator's own refusal
@@ -560,7 +560,7 @@ def test_servers_that_cannot_be_used_are_one_line(
     loaded: dict[str, Any], tokenizer: Any, short: Path, fault: dict[str, Any], message: str
 ) -> None:
     with LogprobServer(loaded["model"], tokenizer, **fault) as server:
-        with pytest.raises((EnvironmentProblem, UsageError), match=message) as caught:
+        with pytest.raises((HostError, UsageError), match=message) as caught:
             compare(server.url, server.url, text=short, timeout=0.5)
         assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
 
@@ -569,7 +569,7 @@ def test_servers_that_cannot_be_used_are_one_line(
 def test_transformers_own_server_tells_too_little(root: Path, tmp_path: Path) -> None:
     with (
         server(OURS, root / "folded", tmp_path / "log") as client,
-        pytest.raises(EnvironmentProblem, match=r"no log-probabilities|refused the request"),
+        pytest.raises(HostError, match=r"no log-probabilities|refused the request"),
     ):
         compare(str(client.base_url), str(client.base_url))
 

@@ -22,7 +22,7 @@ def fetch(source: Source) -> tuple[Path, Origin | None]:
 
     Raises:
         CheckpointError: no such model or revision on the Hub.
-        EnvironmentProblem: the Hub cannot be reached, or its cache cannot be written.
+        HostError: the Hub cannot be reached, or its cache cannot be written.
     """
     found = hub_id(source)
     if found is None:
@@ -37,7 +37,7 @@ def open_source(source: Source) -> Checkpoint:
 
     Raises:
         CheckpointError: damaged, incomplete, or not a safetensors checkpoint.
-        EnvironmentProblem: the Hub cannot be reached, or its cache cannot be written.
+        HostError: the Hub cannot be reached, or its cache cannot be written.
     """
     folder, origin = fetch(source)
     return open_checkpoint(folder, origin)

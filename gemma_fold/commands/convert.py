@@ -81,7 +81,7 @@ def convert(
         AlreadyFoldedError: the source holds gamma already.
         CheckpointError: the source is damaged, or changed while it was read.
         UsageError: `out` is in the way, or endangers the source.
-        EnvironmentProblem: disk or permissions; what was done is kept for `resume`.
+        HostError: disk or permissions; what was done is kept for `resume`.
     """
     checkpoint = open_source(source)
     target = Path(out)

@@ -56,7 +56,7 @@ def unfold(
 
     Raises:
         CheckpointError: a byte that the source had was changed since the conversion.
-        UsageError, EnvironmentProblem: as `convert`.
+        UsageError, HostError: as `convert`.
     """
     root, target = Path(folded), Path(out)
     checkpoint, manifest = open_folded(root)

@@ -76,7 +76,7 @@ def diff(
         CheckpointError: a side is damaged, or no checkpoint.
         UsageError: options that make no sense, or sides with nothing in common to compare.
         UnsupportedModelError: outputs were asked for, but transformers cannot run a side.
-        EnvironmentProblem: memory, disk, a missing package, a server that is down or says too
+        HostError: memory, disk, a missing package, a server that is down or says too
             little.
     """
     options, progress = options or Options(), progress or Progress()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gemma_fold.checkpoint.locate import fetch
-from gemma_fold.errors import EnvironmentProblem, GemmaFoldError, UsageError
+from gemma_fold.errors import GemmaFoldError, HostError, UsageError
 from gemma_fold.format.reader import open_folded
 
 ENGINES = ("auto", "vllm", "sglang", "transformers")
@@ -34,7 +34,7 @@ def serve(
     Raises:
         UsageError: an engine or argument there is not.
         CheckpointError: not a folded checkpoint, of a later format, or damaged.
-        EnvironmentProblem: the engine is not installed, or the port is taken.
+        HostError: the engine is not installed, or the port is taken.
     """
     if engine not in ENGINES:
         raise UsageError(f"there is no engine {engine}; choose from {', '.join(ENGINES)}")
@@ -51,7 +51,7 @@ def _installed() -> str:
 
 
 def _check_port(host: str, port: int) -> None:
-    """EnvironmentProblem where nothing can listen there, before a large model is loaded."""
+    """HostError where nothing can listen there, before a large model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -61,7 +61,7 @@ def _check_port(host: str, port: int) -> None:
             probe.bind(address)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise EnvironmentProblem(
+        raise HostError(
             f"cannot listen on {host}:{port}: {reason}; choose another --host or --port"
         ) from error
 
@@ -75,7 +75,7 @@ def _serve_vllm(folder: Path, host: str, port: int, arguments: Sequence[str]) ->
 def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
     missing = [n for n in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(n) is None]
     if importlib.util.find_spec("transformers") is None or missing:
-        raise EnvironmentProblem(
+        raise HostError(
             "the transformers server is not installed; install it with: "
             "pip install 'gemma-fold[transformers,serve]'"
         )
@@ -104,9 +104,7 @@ def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[
 
 def _serve_sglang(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
     if importlib.util.find_spec("sglang") is None:
-        raise EnvironmentProblem(
-            "SGLang is not installed; install it beside gemma-fold, in one environment"
-        )
+        raise HostError("SGLang is not installed; install it beside gemma-fold, in one environment")
     plugins = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]
     if any(plugins) and "gemma_fold" not in plugins:
         raise UsageError("SGLANG_PLUGINS leaves out gemma_fold; add it, or unset that variable")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from gemma_fold.commands.convert import convert
 from gemma_fold.errors import (
     CheckpointError,
-    EnvironmentProblem,
+    HostError,
     UnsupportedModelError,
     UsageError,
 )
@@ -246,5 +246,5 @@ def test_a_version_of_sglang_that_lacks_a_hook(sglang: Any) -> None:
         ("sglang.srt.no_such_module.function", ()),
         (plugin._HOOKS[1].target, ("no_such_parameter",)),
     ):
-        with pytest.raises(EnvironmentProblem, match=r"cannot attach to SGLang 0\.5\.21"):
+        with pytest.raises(HostError, match=r"cannot attach to SGLang 0\.5\.21"):
             plugin._check(plugin.Hook(target, hook.function, hook.kind, parameters))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gemma_fold.checkpoint.header import TensorEntry, read_header, render_header
-from gemma_fold.errors import CheckpointError, EnvironmentProblem, UsageError
+from gemma_fold.errors import CheckpointError, HostError, UsageError
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -41,7 +41,7 @@ class LogitsWriter:
         try:
             self._file = open(self._partial, "wb")  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
-            raise EnvironmentProblem(
+            raise HostError(
                 f"{path} cannot be written ({error.strerror}); check its folder and permissions"
             ) from None
 
@@ -67,7 +67,7 @@ class LogitsWriter:
         text = json.dumps(metadata, ensure_ascii=False)
         raw = render_header(self._entries, {"gemma_fold.diff": text})
         if len(raw) > self._size:
-            raise EnvironmentProblem("the metadata of the logits file grew too large")
+            raise HostError("the metadata of the logits file grew too large")
         self._file.seek(0)
         self._file.write(self._size.to_bytes(8, "little") + raw.ljust(self._size))
         self._file.close()
@@ -93,7 +93,7 @@ class LogitsWriter:
         size = positions * vocabulary * logits.element_size()
         free = shutil.disk_usage(self._partial.parent).free
         if size > free:
-            raise EnvironmentProblem(
+            raise HostError(
                 f"the logits of {positions} positions take {size / 1e9:.1f} GB, but "
                 f"{self._partial.parent} has {free / 1e9:.1f} GB free; set TMPDIR to another "
                 "disk, or give a shorter --text"

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_fold.errors import EnvironmentProblem, UsageError
+from gemma_fold.errors import HostError, UsageError
 
 #: Most likely tokens asked for at each position; servers limit it, vLLM to 20 unless told.
 TOP_K = 10
@@ -41,7 +41,7 @@ def is_url(text: str) -> bool:
     return text.startswith(("http://", "https://"))
 
 
-class _RefusedError(EnvironmentProblem):
+class _RefusedError(HostError):
     """The server answered, with an HTTP error."""
 
 
@@ -57,7 +57,7 @@ class Endpoint:
     def names_ids(self) -> bool:
         """Ask for a few tokens: whether they are named by id.
 
-        Raises EnvironmentProblem where the server gives no prompt log-probabilities.
+        Raises HostError where the server gives no prompt log-probabilities.
         """
         try:
             positions = self.read(_PROBE, by_id=True)
@@ -103,7 +103,7 @@ class Endpoint:
     def _find_model(self) -> str:
         data = self._request("/models", None).get("data")
         if not isinstance(data, list) or not data or "id" not in data[0]:
-            raise EnvironmentProblem(
+            raise HostError(
                 f"{self.url} lists no model; give the address of an OpenAI-compatible server"
             )
         return str(data[0]["id"])
@@ -128,8 +128,8 @@ class Endpoint:
         except (TypeError, ValueError, AttributeError):
             raise self._no_logprobs() from None
 
-    def _no_logprobs(self) -> EnvironmentProblem:
-        return EnvironmentProblem(
+    def _no_logprobs(self) -> HostError:
+        return HostError(
             f"{self.url} gives no log-probabilities of the prompt; use a server whose "
             "/v1/completions supports echo together with logprobs"
         )
@@ -166,13 +166,11 @@ class Endpoint:
             "check the address, the server's log and OPENAI_API_KEY"
         )
 
-    def _too_slow(self) -> EnvironmentProblem:
-        return EnvironmentProblem(
-            f"{self.url} gave no answer within {self._timeout:g} s; raise --timeout"
-        )
+    def _too_slow(self) -> HostError:
+        return HostError(f"{self.url} gave no answer within {self._timeout:g} s; raise --timeout")
 
-    def _unreachable(self, reason: object) -> EnvironmentProblem:
-        return EnvironmentProblem(
+    def _unreachable(self, reason: object) -> HostError:
+        return HostError(
             f"{self.url} cannot be reached ({reason}); start the server, or correct the address"
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_fold.compare.sides import Side
 from gemma_fold.compare.structure import vocabulary_size
-from gemma_fold.errors import CheckpointError, EnvironmentProblem, UsageError
+from gemma_fold.errors import CheckpointError, HostError, UsageError
 
 PROMPTS = (
     "The capital of France is Paris. The capital of Italy is",
@@ -159,7 +159,7 @@ def load_tokenizer(root: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(root)
     except MemoryError:
-        raise EnvironmentProblem("out of memory while the tokenizer was loaded") from None
+        raise HostError("out of memory while the tokenizer was loaded") from None
     except Exception as error:
         raise CheckpointError(
             f"the tokenizer of {root} does not load ({first_line(error)}); "

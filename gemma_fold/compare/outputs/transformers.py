@@ -13,13 +13,13 @@ from torch import Tensor
 
 from gemma_fold.compare.outputs.tokens import Prompt, first_line
 from gemma_fold.compare.sides import Side
-from gemma_fold.errors import EnvironmentProblem, GemmaFoldError, UnsupportedModelError, UsageError
+from gemma_fold.errors import GemmaFoldError, HostError, UnsupportedModelError, UsageError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def import_transformers() -> Any:
-    """transformers, taught to load folded checkpoints. Raises EnvironmentProblem without it."""
+    """transformers, taught to load folded checkpoints. Raises HostError without it."""
     import gemma_fold.engines.transformers.plugin  # noqa: F401  (says so where transformers is missing)
 
     return import_module("transformers")
@@ -126,7 +126,7 @@ class Model:
 def running(side: Side, dtype: str, device: torch.device) -> Iterator[Model]:
     """Load the checkpoint of `side`, folded or original, and free it at the end.
 
-    Raises UnsupportedModelError where transformers cannot load it, and EnvironmentProblem where
+    Raises UnsupportedModelError where transformers cannot load it, and HostError where
     memory runs out, during loading or later.
     """
     with explaining_memory(side.name, device):
@@ -155,9 +155,9 @@ def _is_about_memory(error: BaseException) -> bool:
     return any(words in text for words in ("out of memory", "enough memory", "allocate memory"))
 
 
-def _out_of_memory(name: str, device: torch.device) -> EnvironmentProblem:
+def _out_of_memory(name: str, device: torch.device) -> HostError:
     other = "another --device" if device.type == "cpu" else "--device cpu"
-    return EnvironmentProblem(
+    return HostError(
         f"out of memory on {device} while {name} was run; try a smaller --context, "
         f"--dtype bfloat16 or {other}, or compare weights with --no-outputs"
     )

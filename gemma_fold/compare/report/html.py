@@ -11,20 +11,20 @@ from gemma_fold.compare.report import tables
 from gemma_fold.compare.report.verdict import Report
 from gemma_fold.compare.report.writers import notes
 from gemma_fold.compare.weights.norms import TensorClass
-from gemma_fold.errors import EnvironmentProblem
+from gemma_fold.errors import HostError
 
 
 def check_can_render() -> None:
-    """EnvironmentProblem unless jinja2 and matplotlib are installed."""
+    """HostError unless jinja2 and matplotlib are installed."""
     for package in ("jinja2", "matplotlib"):
         if importlib.util.find_spec(package) is None:
-            raise EnvironmentProblem(
+            raise HostError(
                 f"--html needs {package}; install it with: pip install 'gemma-fold[report]'"
             )
 
 
 def write_html(report: Report, path: Path) -> None:
-    """Write the page. Raises EnvironmentProblem where a package is missing; OSError as it comes."""
+    """Write the page. Raises HostError where a package is missing; OSError as it comes."""
     path.write_text(html(report), "utf-8")
 
 

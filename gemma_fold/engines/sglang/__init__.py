@@ -19,7 +19,7 @@ from __future__ import annotations
 def register() -> None:
     """Register gemma-fold with SGLang's plugin system; SGLang calls this.
 
-    Raises EnvironmentProblem for a version of SGLang that lacks what gemma-fold attaches to. SGLang
+    Raises HostError for a version of SGLang that lacks what gemma-fold attaches to. SGLang
     logs that and goes on, and then stops at a folded checkpoint's config.
     """
     from gemma_fold.engines.sglang.plugin import register_hooks

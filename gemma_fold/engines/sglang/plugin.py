@@ -13,7 +13,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from gemma_fold.engines.checks import native_config
 from gemma_fold.engines.sglang import all_reduce, weights
-from gemma_fold.errors import EnvironmentProblem
+from gemma_fold.errors import HostError
 from gemma_fold.format.names import MODEL_TYPE
 
 #: The version that the tests run.
@@ -34,7 +34,7 @@ class Hook:
 
 
 def register_hooks() -> None:
-    """Register every hook, or none: EnvironmentProblem where one would not fit."""
+    """Register every hook, or none: HostError where one would not fit."""
     for hook in _HOOKS:
         _check(hook)
     for hook in _HOOKS:
@@ -61,8 +61,8 @@ def _check(hook: Hook) -> None:
         raise _unsupported(hook.target)
 
 
-def _unsupported(target: str) -> EnvironmentProblem:
-    return EnvironmentProblem(
+def _unsupported(target: str) -> HostError:
+    return HostError(
         f"gemma-fold cannot attach to SGLang {version('sglang')}: {target} is not what it was in "
         f"{TESTED}, which is tested; install that"
     )

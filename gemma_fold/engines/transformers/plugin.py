@@ -27,7 +27,7 @@ from gemma_fold.checkpoint.header import read_header
 from gemma_fold.checkpoint.locate import hub_id
 from gemma_fold.checkpoint.source import CONFIG
 from gemma_fold.engines.checks import check_loaded, native_config
-from gemma_fold.errors import CheckpointError, EnvironmentProblem, UnsupportedModelError
+from gemma_fold.errors import CheckpointError, HostError, UnsupportedModelError
 from gemma_fold.format.manifest import read_manifest
 from gemma_fold.format.names import MANIFEST, MODEL_TYPE
 from gemma_fold.format.reader import check_gammas
@@ -39,7 +39,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
-    raise EnvironmentProblem(
+    raise HostError(
         "transformers is not installed; install it with: pip install 'gemma-fold[transformers]'"
     ) from None
 
@@ -233,7 +233,7 @@ def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
 def _install() -> None:
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if version < MINIMUM:
-        raise EnvironmentProblem(
+        raise HostError(
             f"transformers {transformers.__version__} is too old for folded checkpoints; "
             f"pip install --upgrade 'transformers>={MINIMUM[0]}.{MINIMUM[1]}'"
         )
@@ -244,7 +244,7 @@ def _install() -> None:
     except (KeyError, AttributeError, ValueError):
         parameters = []
     if parameters[:4] != ["model", "state_dict", "checkpoint_files", "load_config"]:
-        raise EnvironmentProblem(
+        raise HostError(
             f"transformers {transformers.__version__} loads models in a way this gemma-fold does "
             "not know; upgrade gemma-fold, or install an earlier transformers"
         )

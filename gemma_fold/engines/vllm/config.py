@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from gemma_fold.engines.checks import native_config
-from gemma_fold.errors import CheckpointError, EnvironmentProblem
+from gemma_fold.errors import CheckpointError, HostError
 from gemma_fold.format.names import MODEL_TYPE
 
 #: Attribute of the config that holds the folded checkpoint's own block: format, tensors, version.
@@ -30,7 +30,7 @@ def _wrapped(original: Callable[..., Any], problem: str) -> Callable[..., Any]:
         config, rest = original(cls, pretrained, **kwargs)
         if config.get("model_type") == MODEL_TYPE:
             if problem:
-                raise EnvironmentProblem(problem)
+                raise HostError(problem)
             config = _marked(config, str(pretrained))
         return config, rest
 

@@ -9,24 +9,24 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from gemma_fold.errors import EnvironmentProblem, UsageError
+from gemma_fold.errors import HostError, UsageError
 
 GROUP, NAME = "vllm.general_plugins", "gemma_fold"
 _ALLOWED = "VLLM_PLUGINS"
 
 
 def check_environment() -> None:
-    """EnvironmentProblem unless vLLM is installed, and will load this package's plug-in."""
+    """HostError unless vLLM is installed, and will load this package's plug-in."""
     if importlib.util.find_spec("vllm") is None:
-        raise EnvironmentProblem("vLLM is not installed; install it with: pip install vllm")
+        raise HostError("vLLM is not installed; install it with: pip install vllm")
     if not any(point.name == NAME for point in entry_points(group=GROUP)):
-        raise EnvironmentProblem(
+        raise HostError(
             "vLLM finds plug-ins of installed packages only, and gemma-fold is not installed; "
             "install it with pip into the environment of vLLM"
         )
     allowed = os.environ.get(_ALLOWED)
     if allowed is not None and NAME not in allowed.split(","):
-        raise EnvironmentProblem(
+        raise HostError(
             f"{_ALLOWED}={allowed} keeps vLLM from loading {NAME}; add it, or unset {_ALLOWED}"
         )
 
@@ -34,7 +34,7 @@ def check_environment() -> None:
 def serve(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
     """Run `vllm serve` until it is interrupted.
 
-    Raises EnvironmentProblem where vLLM cannot load folded checkpoints, and UsageError for
+    Raises HostError where vLLM cannot load folded checkpoints, and UsageError for
     arguments that it does not take.
     """
     check_environment()
