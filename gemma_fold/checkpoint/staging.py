@@ -35,7 +35,7 @@ from gemma_fold.checkpoint.journal import (
 )
 from gemma_fold.checkpoint.rename import exchange, rename_new
 from gemma_fold.checkpoint.source import FileState
-from gemma_fold.errors import GemmaFoldError, HostError, UsageError
+from gemma_fold.errors import HostError, UsageError
 
 _NEW, _OLD = "new", "old"
 _LONGEST = 200  # bytes of OUT's name that fit into ours; file systems allow 255
@@ -387,8 +387,6 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, GemmaFoldError):
-            raise
         advice = {
             errno.ENOSPC: "free some space, then run again with --resume",
             errno.EDQUOT: "free some of your quota, then run again with --resume",

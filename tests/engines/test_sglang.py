@@ -213,7 +213,7 @@ def test_native_folds_an_original_as_it_loads(checkpoints: Checkpoints, sglang: 
 
 
 def test_a_mode_that_there_is_not(checkpoints: Checkpoints, sglang: Any) -> None:
-    with sglang.mode("fast"), pytest.raises(UsageError, match="GEMMA_FOLD=fast"):
+    with sglang.mode("fast"), pytest.raises(UsageError, match="invalid GEMMA_FOLD='fast'"):
         sglang.Loaded(checkpoints.original("gemma2"))
 
 

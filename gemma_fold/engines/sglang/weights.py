@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from gemma_fold.engines import arithmetic
-from gemma_fold.engines.sglang.mode import Mode, mode_of
-from gemma_fold.engines.sglang.norms import adopt, gained_norms, zero_centred_norms
+from gemma_fold.engines.mode import Mode, requested_mode
+from gemma_fold.engines.sglang.norms import GainedNorm, adopt, gained_norms, zero_centred_norms
 from gemma_fold.errors import CheckpointError, GemmaFoldError, UnsupportedModelError
 from gemma_fold.format.manifest import FoldedTensor, read_manifest
 from gemma_fold.format.names import MANIFEST, MODEL_TYPE
@@ -54,19 +54,44 @@ class FoldedWeights:
                 yield name, tensor
 
 
+def choose_mode(folded: bool) -> Mode | None:
+    """The mode of a model about to be built, or None where it is left alone.
+
+    A folded one runs stock unless `GEMMA_FOLD` asks for native: on GPUs native mode has not been
+    measured in SGLang. An original is left alone unless it asks for native: it is then folded as
+    it loads.
+
+    Raises:
+        UsageError: the variable has another value.
+    """
+    wanted = requested_mode()
+    if folded:
+        return wanted or "stock"
+    return wanted if wanted == "native" else None
+
+
+def norm_class(norm: nn.Module, mode: Mode) -> type[GainedNorm]:
+    """What `norm` becomes. One whose class has a forward of its own keeps SGLang's kernels."""
+    from gemma_fold.engines.sglang.all_reduce import StockNorm
+    from gemma_fold.engines.sglang.native import NativeNorm
+
+    replaced = type(norm).__module__ != "sglang.srt.layers.layernorm"
+    return StockNorm if mode == "stock" or replaced else NativeNorm
+
+
 def initialize(original: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """Around SGLang's `_initialize_model`: adopt the norms of a model that is or will be folded."""
     model_config = kwargs["model_config"] if "model_config" in kwargs else args[0]
     block = getattr(model_config.hf_config, MODEL_TYPE, None)
     folded = _read_folded(model_config, block) if block is not None else None
     model = original(*args, **kwargs)
-    mode = mode_of(folded is not None)
+    mode = choose_mode(folded is not None)
     if mode is None:
         return model
     norms = zero_centred_norms(model)
     for _, norm in norms:
-        adopt(norm, mode.norm_class(norm))
-    if mode is Mode.NATIVE:
+        adopt(norm, norm_class(norm, mode))
+    if mode == "native":
         from gemma_fold.engines.sglang.layers import pair_norms
         from gemma_fold.engines.sglang.native import share_workspace
 

@@ -52,9 +52,9 @@ def _make_native(model: nn.Module, loading: Loading) -> None:
 
 def _separate_compile_cache(vllm_config: Any) -> None:
     """vLLM finds compiled graphs by its config, which must say that these are other graphs."""
-    from gemma_fold.engines.vllm.qk import choose_way
+    from gemma_fold.engines.vllm.qk import choose_qk_mode
 
     if isinstance(vllm_config.additional_config, dict):
-        vllm_config.additional_config["gemma_fold"] = f"{__version__} {choose_way(vllm_config)}"
+        vllm_config.additional_config["gemma_fold"] = f"{__version__} {choose_qk_mode(vllm_config)}"
     else:  # a platform's own object, whose hash says nothing of this
         os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"

@@ -9,9 +9,10 @@ from functools import wraps
 from typing import Any
 
 import vllm
+from vllm.platforms import current_platform
 
+from gemma_fold.engines.mode import Mode, requested_mode
 from gemma_fold.engines.vllm.config import folded_block
-from gemma_fold.engines.vllm.modes import Mode, choose_mode
 from gemma_fold.engines.vllm.weights import Tally
 from gemma_fold.errors import CheckpointError, UnsupportedModelError
 
@@ -47,6 +48,21 @@ def _loading(loading: Loading) -> Iterator[Loading]:
         yield loading
     finally:
         _current.pop()
+
+
+def choose_mode(vllm_config: Any, model_config: Any, *, folded: bool) -> Mode:
+    """The mode for a model about to be built.
+
+    `GEMMA_FOLD` decides where it is set, for originals too. Otherwise a folded checkpoint is native
+    on CUDA and everything else is stock. Draft models are always stock.
+
+    Raises:
+        UsageError: the variable has another value.
+    """
+    wanted = requested_mode()
+    if model_config is not vllm_config.model_config:
+        return "stock"  # a draft
+    return wanted or ("native" if folded and current_platform.is_cuda() else "stock")
 
 
 def wrap_load_model(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """The norms of q and k in native mode.
 
-Three ways, chosen here and nowhere else:
+Three modes, chosen here and nowhere else:
 
 * fused: one launch norms every q and k head in place, right after their projection. The best where
   each kernel is launched by itself.
@@ -10,7 +10,6 @@ Three ways, chosen here and nowhere else:
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -19,28 +18,30 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
 from gemma_fold import ops
 from gemma_fold.engines.known_code import statements_digest
+from gemma_fold.engines.mode import requested
 from gemma_fold.engines.vllm.norms import InlineNorm, NativeNorm, PassedNorm, adopt
 from gemma_fold.engines.vllm.weights import Loader
-from gemma_fold.errors import UsageError
 
-Way = Literal["fused", "inline", "separate"]
+QkMode = Literal["fused", "inline", "separate"]
 
 VARIABLE = "GEMMA_FOLD_QK"
-_CLASSES: dict[Way, type[NativeNorm]] = {
+_CLASSES: dict[QkMode, type[NativeNorm]] = {
     "fused": PassedNorm,
     "inline": InlineNorm,
     "separate": NativeNorm,
 }
 
 
-def choose_way(vllm_config: Any) -> Way:
-    """How q and k are normed. Raises UsageError where `GEMMA_FOLD_QK` names no way."""
-    wanted = os.environ.get(VARIABLE, "")
-    for way in _CLASSES:
-        if wanted == way:
-            return way
-    if wanted:
-        raise UsageError(f"{VARIABLE}={wanted} is no way; use {', '.join(_CLASSES)}")
+def choose_qk_mode(vllm_config: Any) -> QkMode:
+    """How q and k are normed.
+
+    Raises:
+        UsageError: `GEMMA_FOLD_QK` has another value.
+    """
+    wanted = requested(VARIABLE, _CLASSES)
+    for mode in _CLASSES:
+        if wanted == mode:
+            return mode
     if vllm_config.compilation_config.mode != CompilationMode.NONE:
         return "inline"
     return "separate" if vllm_config.lora_config is not None else "fused"
@@ -55,10 +56,10 @@ def adopt_qk_norms(attention: Any, vllm_config: Any, loader: Loader, forward: st
         type(getattr(attention, name, None)) is GemmaRMSNorm for name in ("q_norm", "k_norm")
     ):
         return 0
-    way = choose_way(vllm_config)
+    mode = choose_qk_mode(vllm_config)
     for norm in (attention.q_norm, attention.k_norm):
-        adopt(norm, _CLASSES[way], loader)
-    if way == "fused":
+        adopt(norm, _CLASSES[mode], loader)
+    if mode == "fused":
         attention.qkv_proj.register_forward_hook(_QkHook(attention))
     return 2
 
