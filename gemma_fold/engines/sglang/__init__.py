@@ -15,13 +15,19 @@ Models that are not folded keep every object and function they had.
 
 from __future__ import annotations
 
+from gemma_fold.engines.registration import register_once
+
 
 def register() -> None:
-    """Register gemma-fold with SGLang's plugin system; SGLang calls this.
+    """The entry point, which SGLang calls. Never raises.
 
-    Raises HostError for a version of SGLang that lacks what gemma-fold attaches to. SGLang
-    logs that and goes on, and then stops at a folded checkpoint's config.
+    Where SGLang lacks what gemma-fold attaches to, one warning says so, and folded checkpoints are
+    refused.
     """
+    register_once("SGLang", _install, "gemma_fold")
+
+
+def _install() -> None:
     from gemma_fold.engines.sglang.plugin import register_hooks
 
     register_hooks()

@@ -10,27 +10,25 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from gemma_fold.engines.checks import native_config
-from gemma_fold.errors import CheckpointError, HostError
+from gemma_fold.errors import CheckpointError
 from gemma_fold.format.names import MODEL_TYPE
 
 #: Attribute of the config that holds the folded checkpoint's own block: format, tensors, version.
 MARK = MODEL_TYPE
 
 
-def wrap_config(problem: str = "") -> None:
-    """Wrap `get_config_dict`. A `problem` is raised for every folded checkpoint instead."""
+def wrap_config() -> None:
+    """Wrap `get_config_dict`."""
     # What is innermost: the transformers integration may have wrapped it before, without the mark.
     original = inspect.unwrap(PreTrainedConfig.__dict__["get_config_dict"].__func__)
-    PreTrainedConfig.get_config_dict = classmethod(_wrapped(original, problem))
+    PreTrainedConfig.get_config_dict = classmethod(_wrapped(original))
 
 
-def _wrapped(original: Callable[..., Any], problem: str) -> Callable[..., Any]:
+def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def get_config_dict(cls: type, pretrained: Any, **kwargs: Any) -> Any:
         config, rest = original(cls, pretrained, **kwargs)
         if config.get("model_type") == MODEL_TYPE:
-            if problem:
-                raise HostError(problem)
             config = _marked(config, str(pretrained))
         return config, rest
 

@@ -7,33 +7,29 @@ from collections.abc import Callable
 from typing import Any
 
 import vllm
-from vllm.logger import init_logger
 from vllm.model_executor.model_loader import utils as loader_utils
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from gemma_fold.engines.vllm.build import prepare_model
 from gemma_fold.engines.vllm.config import wrap_config
 from gemma_fold.engines.vllm.load import wrap_load_model
+from gemma_fold.errors import HostError
 
 MINIMUM = (0, 26)
 #: The last version this was run on. Later ones are used where they still have what is wrapped.
 TESTED = "0.32"
 
-logger = init_logger("vllm.gemma_fold")
-_installed = False
-
 
 def install() -> None:
-    """Wrap vLLM's functions; does nothing the second time."""
-    global _installed
-    if _installed:
-        return
-    _installed = True
+    """Wrap vLLM's functions, once a process.
+
+    Raises:
+        HostError: this version of vLLM is not supported; nothing was wrapped.
+    """
     problem = _problem()
-    wrap_config(problem)
     if problem:
-        logger.debug(problem)  # said loudly where a folded checkpoint is opened
-        return
+        raise HostError(problem)
+    wrap_config()
     loader_utils.record_metadata_for_reloading = _before(
         loader_utils.record_metadata_for_reloading, prepare_model
     )
