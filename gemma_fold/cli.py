@@ -54,12 +54,13 @@ def inspect(source: str, as_json: bool) -> None:
       gemma-fold inspect ./gemma-3-270m
       gemma-fold inspect google/gemma-3-27b-it@main --json
     """
-    from gemma_fold.commands import inspect as inspection
     from gemma_fold.commands import render
+    from gemma_fold.commands.inspect import inspect as run
+    from gemma_fold.commands.inspect import to_json
     from gemma_fold.rules import Verdict
 
-    found = inspection.inspect(source)
-    _print(as_json, lambda: inspection.to_json(found), lambda: render.inspection(found))
+    found = run(source)
+    _print(as_json, lambda: to_json(found), lambda: render.inspection(found))
     if found.classification.verdict in (Verdict.NOTHING_TO_FOLD, Verdict.UNSUPPORTED):
         sys.exit(3)
     if found.incomplete:
@@ -233,13 +234,13 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
     """
     from gemma_fold.commands import render
     from gemma_fold.commands.diff import run
-    from gemma_fold.compare.report import writers as report
+    from gemma_fold.compare.report import writers
 
     found = run(a, b, html=html, progress=render.ProgressBar("comparing"), **given)
     _print(
         as_json,
-        lambda: report.to_json(found),
-        lambda: report.markdown(found) if markdown else report.text(found),
+        lambda: writers.to_json(found),
+        lambda: writers.markdown(found) if markdown else writers.text(found),
     )
     sys.exit(found.verdict.exit_code)
 

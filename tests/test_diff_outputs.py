@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 import gemma_fold
 from gemma_fold.commands.convert import convert
-from gemma_fold.compare import Limits, Options, Report, diff
+from gemma_fold.compare import DiffLimits, DiffOptions, DiffReport, diff
 from gemma_fold.compare.outputs import stats as statistics
 from gemma_fold.compare.outputs.results import PERCENTILES, OutputStats, first_difference
 from gemma_fold.compare.outputs.stats import compare_rows, join, summarize
@@ -88,17 +88,17 @@ def edit_gammas(folded: Path, out: Path, change: Callable[[torch.Tensor], torch.
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def compare(a: Path | str, b: Path | str, **options: Any) -> Report:
+def compare(a: Path | str, b: Path | str, **options: Any) -> DiffReport:
     options = {"outputs": True, "prompts": 2, "new_tokens": 8, **options}
-    return diff(str(a), str(b), Options(**options))
+    return diff(str(a), str(b), DiffOptions(**options))
 
 
-def compare_tiny(root: Path, a: str, b: str, **options: Any) -> Report:
+def compare_tiny(root: Path, a: str, b: str, **options: Any) -> DiffReport:
     """The same for two of `root`'s, over a text of a few windows."""
     return compare(root / a, root / b, **{"text": root / "text.txt", **options})
 
 
-def stats_of(report: Report) -> OutputStats:
+def stats_of(report: DiffReport) -> OutputStats:
     assert report.outputs is not None
     return report.outputs.stats
 
@@ -328,10 +328,10 @@ def test_the_noise_floor_is_a_against_itself(root: Path) -> None:
 
 
 def test_max_kl_decides_where_values_differ(root: Path) -> None:
-    allowed = Limits(max_ulp=1 << 15)
+    allowed = DiffLimits(max_ulp=1 << 15)
     measured = stats_of(compare_tiny(root, "model", "rounded")).mean_kl
     for factor, same in ((1.01, True), (0.99, False)):
-        limits = Limits(max_kl=factor * measured, max_ulp=allowed.max_ulp)
+        limits = DiffLimits(max_kl=factor * measured, max_ulp=allowed.max_ulp)
         assert compare_tiny(root, "model", "rounded", limits=limits).verdict.same is same
 
 

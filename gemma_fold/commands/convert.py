@@ -21,7 +21,7 @@ from gemma_fold.format.names import CONVERTED, MANIFEST
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ConversionReport:
     """What was written, or would be.
 
     Attributes:
@@ -56,7 +56,7 @@ def convert(
     digest: bool = True,
     dry_run: bool = False,
     progress: Progress | None = None,
-) -> Report:
+) -> ConversionReport:
     """Fold the checkpoint `source` into the folder `out`, in format 1.
 
     Every zero-centred norm weight w becomes float32 gamma = 1 + w (or the family's own offset)
@@ -177,9 +177,9 @@ def _copy_others(transfer: Transfer, checkpoint: Checkpoint, staging: Staging) -
 
 def _report(
     plan: Plan, out: Path, size: int, copied: Mapping[str, int], notes: tuple[str, ...]
-) -> Report:
+) -> ConversionReport:
     tensors = plan.manifest.tensors.values()
-    return Report(
+    return ConversionReport(
         out=out,
         model_type=plan.manifest.model_type,
         tensors=len(tensors),

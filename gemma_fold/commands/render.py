@@ -12,7 +12,7 @@ import click
 from gemma_fold.checkpoint.progress import Progress
 
 if TYPE_CHECKING:
-    from gemma_fold.commands.convert import Report
+    from gemma_fold.commands.convert import ConversionReport
     from gemma_fold.commands.inspect import Group, Inspection
     from gemma_fold.commands.verify import VerifyReport
 
@@ -124,7 +124,7 @@ def _footnotes(found: Inspection) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def conversion(report: Report, *, verb: str) -> str:
+def conversion(report: ConversionReport, *, verb: str) -> str:
     """What `convert` and `unfold` print when they are done."""
     lines = [f"warning: {warning}" for warning in report.warnings]
     lines.append(

@@ -22,7 +22,7 @@ from gemma_fold.checkpoint.source import CONFIG, Checkpoint, WeightFile, read_te
 from gemma_fold.checkpoint.staging import Staging, open_staging, settle, work_folder
 from gemma_fold.checkpoint.target import check_replaceable, check_target
 from gemma_fold.checkpoint.transfer import Transfer
-from gemma_fold.commands.convert import Report
+from gemma_fold.commands.convert import ConversionReport
 from gemma_fold.errors import CheckpointError
 from gemma_fold.format.manifest import Manifest
 from gemma_fold.format.names import MANIFEST
@@ -42,7 +42,7 @@ def unfold(
     resume: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
-) -> Report:
+) -> ConversionReport:
     """Write the source tree of the folded checkpoint `folded` into `out`, byte for byte.
 
     What was written is read back and compared with the source's digests before `out` appears.
@@ -81,7 +81,7 @@ def unfold(
         warnings.append(
             "converted without digests: the norms are the source's, the rest could not be checked"
         )
-    return Report(
+    return ConversionReport(
         out=target,
         model_type=manifest.model_type,
         tensors=len(manifest.tensors),

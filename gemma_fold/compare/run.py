@@ -17,7 +17,7 @@ from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.compare.outputs.results import Outputs
 from gemma_fold.compare.outputs.server import Endpoint, is_url
 from gemma_fold.compare.outputs.tokens import NothingInCommonError
-from gemma_fold.compare.report.verdict import Limits, Report, SideInfo, judge
+from gemma_fold.compare.report.verdict import DiffLimits, DiffReport, SideInfo, judge
 from gemma_fold.compare.sides import Side, open_headers, open_side
 from gemma_fold.compare.structure import compare_structure
 from gemma_fold.compare.weights.tensors import compare_weights
@@ -30,7 +30,7 @@ _SHOWN_FOR_OUTPUTS = ("torch", "transformers", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class DiffOptions:
     """How to compare.
 
     Attributes:
@@ -64,12 +64,12 @@ class Options:
     save_logits: Path | None = None
     logits: Path | None = None
     timeout: float = 120.0
-    limits: Limits = field(default_factory=Limits)
+    limits: DiffLimits = field(default_factory=DiffLimits)
 
 
 def diff(
-    a: str, b: str, options: Options | None = None, progress: Progress | None = None
-) -> Report:
+    a: str, b: str, options: DiffOptions | None = None, progress: Progress | None = None
+) -> DiffReport:
     """Compare A, the reference, with B; each a folder, a Hub id, or the address of a server.
 
     Raises:
@@ -79,7 +79,7 @@ def diff(
         HostError: memory, disk, a missing package, a server that is down or says too
             little.
     """
-    options, progress = options or Options(), progress or Progress()
+    options, progress = options or DiffOptions(), progress or Progress()
     engines = _engines(a, b, options)
     _check(options, a, b, engines)
     open_one = open_headers if options.structure_only else open_side
@@ -109,7 +109,7 @@ def diff(
             weights = compare_weights(sides[0], sides[1], progress)
     if job is not None:
         outputs = attempt(partial(job, progress))
-    return Report(
+    return DiffReport(
         a=_info(a, sides[0]),
         b=_info(b, sides[1]),
         structure=structure,
@@ -122,13 +122,13 @@ def diff(
     )
 
 
-def _asks_for_outputs(options: Options) -> bool:
+def _asks_for_outputs(options: DiffOptions) -> bool:
     """Whether they are wanted, rather than welcome: an option about them says so, too."""
     given = (options.outputs, options.engines, options.text, options.save_logits, options.logits)
     return any(given) or (options.dtype, options.device) != ("auto", "auto")
 
 
-def _engines(a: str, b: str, options: Options) -> tuple[str, str]:
+def _engines(a: str, b: str, options: DiffOptions) -> tuple[str, str]:
     if len(options.engines) > 2:
         raise UsageError("--engine is for both sides, or once for A and once for B: at most two")
     given = options.engines or ("transformers",)
@@ -142,7 +142,7 @@ def _engines(a: str, b: str, options: Options) -> tuple[str, str]:
     return (a if is_url(a) else first, b if is_url(b) else second)
 
 
-def _check(options: Options, a: str, b: str, engines: tuple[str, str]) -> None:
+def _check(options: DiffOptions, a: str, b: str, engines: tuple[str, str]) -> None:
     if options.structure_only and (options.outputs or is_url(a) or is_url(b)):
         raise UsageError("--structure-only compares the headers of two checkpoints, nothing else")
     if options.outputs is False and (is_url(a) or is_url(b)):
@@ -171,7 +171,7 @@ def check_folder(path: Path | None, option: str) -> None:
 
 
 def _plan_outputs(
-    sides: list[Side | None], engines: tuple[str, str], options: Options
+    sides: list[Side | None], engines: tuple[str, str], options: DiffOptions
 ) -> Callable[[Progress], Outputs]:
     # Torch is imported from here on, and only here.
     from gemma_fold.compare.outputs.logits import Settings, compare_full, open_logits

@@ -82,8 +82,9 @@ def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[
     import typer
     from transformers.cli.serve import Serve
 
-    import gemma_fold.engines.transformers.plugin  # noqa: F401  (teaches transformers the format)
+    from gemma_fold.engines.transformers import install
 
+    install()
     # Its whole command line would import commands with dependencies that serving does not have.
     app = typer.Typer(add_completion=False)
     app.command(name="serve")(Serve)

@@ -20,8 +20,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def import_transformers() -> Any:
     """transformers, taught to load folded checkpoints. Raises HostError without it."""
-    import gemma_fold.engines.transformers.plugin  # noqa: F401  (says so where transformers is missing)
+    from gemma_fold.engines.transformers import install
 
+    install()  # says so where transformers is missing
     return import_module("transformers")
 
 
@@ -209,7 +210,7 @@ def _without_progress_bars(transformers: Any) -> Iterator[None]:
 
 
 def _dtype_of(model: Any) -> torch.dtype:
-    from gemma_fold.engines.transformers.fold_model import weights_dtype
+    from gemma_fold.engines.transformers.models import weights_dtype
 
     return weights_dtype(model)  # not that of a gamma
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_fold.compare.report import tables
-from gemma_fold.compare.report.verdict import Report
+from gemma_fold.compare.report.verdict import DiffReport
 from gemma_fold.compare.report.writers import notes
 from gemma_fold.compare.weights.norms import TensorClass
 from gemma_fold.errors import HostError
@@ -23,12 +23,12 @@ def check_can_render() -> None:
             )
 
 
-def write_html(report: Report, path: Path) -> None:
+def write_html(report: DiffReport, path: Path) -> None:
     """Write the page. Raises HostError where a package is missing; OSError as it comes."""
     path.write_text(html(report), "utf-8")
 
 
-def html(report: Report) -> str:
+def html(report: DiffReport) -> str:
     """The page's text."""
     check_can_render()
     import jinja2
@@ -60,7 +60,7 @@ def html(report: Report) -> str:
     )
 
 
-def _facts(report: Report) -> list[dict[str, Any]]:
+def _facts(report: DiffReport) -> list[dict[str, Any]]:
     """The figures at the top of the page: value, what it is, and whether it is good."""
     facts: list[dict[str, Any]] = []
 

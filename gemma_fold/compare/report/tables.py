@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from gemma_fold.compare.outputs.results import PERCENTILES, Distribution, Outputs
-from gemma_fold.compare.report.verdict import Report, SideInfo
+from gemma_fold.compare.report.verdict import DiffReport, SideInfo
 from gemma_fold.compare.weights.norms import NormStats, Spread, TensorClass
 from gemma_fold.compare.weights.tensors import TensorDiff, Weights
 
@@ -45,7 +45,7 @@ def side(which: str, info: SideInfo) -> str:
     return f"{which}  {info.name}" + (f"  ({', '.join(facts)})" if facts else "")
 
 
-def structure_lines(report: Report) -> Iterator[str]:
+def structure_lines(report: DiffReport) -> Iterator[str]:
     """What the headers and configs say, a line for each thing worth saying."""
     found = report.structure
     if found is None:

@@ -45,7 +45,7 @@ class SideInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class DiffLimits:
     """What the user tolerates: a mean KL in nats, and float32 ulps of a gain."""
 
     max_kl: float | None = None
@@ -53,7 +53,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DiffReport:
     """Everything that `diff` found; parts that were not compared are None."""
 
     a: SideInfo
@@ -62,13 +62,16 @@ class Report:
     weights: Weights | None
     outputs: Outputs | None
     notes: tuple[str, ...]
-    limits: Limits
+    limits: DiffLimits
     verdict: Verdict
     environment: Mapping[str, str]
 
 
 def judge(
-    structure: Structure | None, weights: Weights | None, outputs: Outputs | None, limits: Limits
+    structure: Structure | None,
+    weights: Weights | None,
+    outputs: Outputs | None,
+    limits: DiffLimits,
 ) -> Verdict:
     """Collect what differs beyond `limits`, and say it in one line."""
     reasons: list[str] = []
@@ -85,13 +88,13 @@ def judge(
     return Verdict(True, "same: " + "; ".join(_assurances(structure, weights, outputs, limits)), ())
 
 
-def _is_tolerated(tensor: TensorDiff, limits: Limits) -> bool:
+def _is_tolerated(tensor: TensorDiff, limits: DiffLimits) -> bool:
     if tensor.found.same:
         return True
     return tensor.norm is not None and tensor.norm.max_ulp <= limits.max_ulp
 
 
-def _weight_reasons(weights: Weights, limits: Limits) -> Iterator[str]:
+def _weight_reasons(weights: Weights, limits: DiffLimits) -> Iterator[str]:
     groups: dict[tuple[TensorClass, str, bool], list[TensorDiff]] = {}
     for tensor in (*weights.norms, *weights.others):
         if not _is_tolerated(tensor, limits):
@@ -138,7 +141,10 @@ def _structure_reasons(structure: Structure, weights: Weights | None) -> Iterato
 
 
 def _assurances(
-    structure: Structure | None, weights: Weights | None, outputs: Outputs | None, limits: Limits
+    structure: Structure | None,
+    weights: Weights | None,
+    outputs: Outputs | None,
+    limits: DiffLimits,
 ) -> Iterator[str]:
     if weights:
         yield ", ".join(

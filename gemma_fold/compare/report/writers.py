@@ -11,7 +11,7 @@ from gemma_fold.commands.render import table as padded
 from gemma_fold.compare.outputs.results import PERCENTILES
 from gemma_fold.compare.report import tables
 from gemma_fold.compare.report.tables import Table
-from gemma_fold.compare.report.verdict import Report
+from gemma_fold.compare.report.verdict import DiffReport
 
 SCHEMA = 1
 """Version of the JSON: it grows when a key changes its meaning or goes away."""
@@ -19,7 +19,7 @@ SCHEMA = 1
 _BAR = 40
 
 
-def text(report: Report) -> str:
+def text(report: DiffReport) -> str:
     """What `gemma-fold diff` prints."""
     lines = [tables.side("A", report.a), tables.side("B", report.b), ""]
     lines += [*tables.structure_lines(report), ""] if report.structure else []
@@ -35,7 +35,7 @@ def text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def markdown(report: Report) -> str:
+def markdown(report: DiffReport) -> str:
     """The same for a model card or a pull request."""
     lines = [
         f"**{report.verdict.line}**",
@@ -53,7 +53,7 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def to_json(report: Report) -> dict[str, Any]:
+def to_json(report: DiffReport) -> dict[str, Any]:
     """Plain values, with `schema` first. NaN and infinity become null."""
     structure, weights, outputs = report.structure, report.weights, report.outputs
     return {
@@ -73,7 +73,7 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _weights_json(report: Report) -> dict[str, Any]:
+def _weights_json(report: DiffReport) -> dict[str, Any]:
     weights = report.weights
     assert weights is not None
     return {
@@ -99,7 +99,7 @@ def _tensor_json(tensor: Any) -> dict[str, Any]:
     return _plain(value)  # type: ignore[no-any-return]
 
 
-def _outputs_json(report: Report) -> dict[str, Any]:
+def _outputs_json(report: DiffReport) -> dict[str, Any]:
     outputs = report.outputs
     assert outputs is not None
     value = dataclasses.asdict(dataclasses.replace(outputs, kl=()))  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _tables(report: Report) -> Iterator[Table]:
+def _tables(report: DiffReport) -> Iterator[Table]:
     if report.weights:
         yield tables.class_table(report.weights)
         yield tables.norm_table(report.weights, grouped=True)
@@ -130,7 +130,7 @@ def _tables(report: Report) -> Iterator[Table]:
         yield tables.greedy_table(report.outputs)
 
 
-def notes(report: Report) -> Iterator[str]:
+def notes(report: DiffReport) -> Iterator[str]:
     """What to know about how the comparison was made."""
     yield from report.notes
     outputs = report.outputs
@@ -148,7 +148,7 @@ def notes(report: Report) -> Iterator[str]:
         )
 
 
-def _histogram(report: Report) -> Iterator[str]:
+def _histogram(report: DiffReport) -> Iterator[str]:
     assert report.weights is not None
     rows = tables.histogram_rows(report.weights)
     largest = max(count for _, count in rows)

@@ -29,8 +29,8 @@ def release(config: Any) -> None:
     vars(config).pop(_MARK, None)
 
 
-def install() -> None:
-    """Have configs that are marked stay off the disk."""
+def keep_lent_configs_off_disk() -> None:
+    """Have configs that are marked refuse to be written."""
     PreTrainedConfig.to_dict = _without_mark(PreTrainedConfig.to_dict)
     PreTrainedConfig.to_json_file = _refusing(PreTrainedConfig.to_json_file)
 

@@ -168,7 +168,9 @@ class FoldedNorm(Watched):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "transformers" in sys.modules:  # an unpickled model must save itself as format 1
-            import gemma_fold.engines.transformers.plugin  # noqa: F401
+            from gemma_fold.engines.transformers import install
+
+            install()
 
 
 def gain_name(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""transformers loads, runs and saves folded checkpoints; importing this module is enough.
+"""What :func:`install` wraps in transformers, so that it loads and saves folded checkpoints.
 
 These functions of transformers are wrapped, and nothing is copied:
 
@@ -47,11 +47,12 @@ from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.utils import cached_file  # noqa: E402
 
-from gemma_fold.engines.transformers.fold_model import adopt_norms  # noqa: E402
-from gemma_fold.engines.transformers.lent_config import install, lend, release  # noqa: E402
+from gemma_fold.engines.transformers.lent_config import keep_lent_configs_off_disk, lend, release  # noqa: E402
+from gemma_fold.engines.transformers.models import adopt_norms  # noqa: E402
 from gemma_fold.engines.transformers.norms import FoldedNorm  # noqa: E402
 from gemma_fold.engines.transformers.save import save_folded  # noqa: E402
 
+_installed = False
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -79,7 +80,9 @@ def load(path_or_hub_id: str | os.PathLike[str], **kwargs: Any) -> Any:
     Raises:
         CheckpointError: not a folded checkpoint, of a later format, or damaged.
         UnsupportedModelError: the installed transformers does not know the model.
+        HostError: transformers is missing, or a version that is not supported.
     """
+    install()
     name = os.fspath(path_or_hub_id)
     found = hub_id(name)
     if found is not None:
@@ -230,7 +233,18 @@ def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
     return save_pretrained
 
 
-def _install() -> None:
+def install() -> None:
+    """Teach transformers the format, once a process.
+
+    From then on every loader (Auto classes, concrete ones, pipelines) takes folded checkpoints, and
+    `save_pretrained` of a folded model writes one.
+
+    Raises:
+        HostError: this version of transformers is not supported; nothing was wrapped.
+    """
+    global _installed
+    if _installed:
+        return
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if version < MINIMUM:
         raise HostError(
@@ -251,7 +265,5 @@ def _install() -> None:
     PreTrainedConfig.get_config_dict = classmethod(_wrap_get_config_dict(get_config_dict))
     PreTrainedModel._load_pretrained_model = staticmethod(_wrap_load(load_pretrained_model))
     PreTrainedModel.save_pretrained = _wrap_save(PreTrainedModel.save_pretrained)
-    install()
-
-
-_install()
+    keep_lent_configs_off_disk()
+    _installed = True

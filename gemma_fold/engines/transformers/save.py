@@ -37,7 +37,7 @@ from gemma_fold.checkpoint.source import (
     resized_index,
 )
 from gemma_fold.checkpoint.staging import open_staging, settle
-from gemma_fold.engines.transformers.fold_model import weights_dtype
+from gemma_fold.engines.transformers.models import weights_dtype
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import CheckpointError, UnsupportedModelError, UsageError
 from gemma_fold.format.arithmetic import decode, fold, unfold

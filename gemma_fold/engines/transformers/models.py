@@ -34,8 +34,9 @@ def fold_model(model: Model) -> Model:
         raise NothingToFoldError(
             f"{type(model).__name__} has no zero-centred norm, so there is nothing to fold"
         )
-    import gemma_fold.engines.transformers.plugin  # noqa: F401  (it must also save itself as folded)
+    from gemma_fold.engines.transformers import install
 
+    install()  # it must also save itself as folded
     adopt_norms(model)
     return model
 
