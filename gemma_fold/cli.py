@@ -276,7 +276,7 @@ def serve(
 
 
 def _print(as_json: bool, plain: Callable[[], Any], text: Callable[[], str]) -> None:
-    from gemma_fold.commands.render import printable
+    from gemma_fold.text import printable
 
     found = json.dumps(plain(), indent=2, default=str) if as_json else text()
     click.echo(printable(found, sys.stdout.encoding))
@@ -308,7 +308,7 @@ def main() -> None:
 
 
 def _fail(message: str, exit_code: int) -> None:
-    from gemma_fold.commands.render import printable
+    from gemma_fold.text import printable
 
     line = printable(f"gemma-fold: {message}", sys.stderr.encoding, one_line=True)
     click.echo(line, err=True)

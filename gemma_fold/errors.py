@@ -44,3 +44,8 @@ class NothingToFoldError(UnsupportedModelError):
 
 class HostError(GemmaFoldError):
     """The machine is in the way: disk space, permissions, a package that is not installed."""
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What another library's exception says, for a message of ours; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

@@ -17,7 +17,7 @@ from typing import Any
 from gemma_fold.checkpoint.header import Header, header_length, parse_header
 from gemma_fold.checkpoint.names import check_name, shown
 from gemma_fold.checkpoint.source import CONFIG, INDEX_SUFFIX, parse_json_object
-from gemma_fold.errors import CheckpointError, GemmaFoldError, HostError, UsageError
+from gemma_fold.errors import CheckpointError, GemmaFoldError, HostError, UsageError, first_line
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[^\s@]+))?")
@@ -252,7 +252,7 @@ def _broken_off(where: str) -> Iterator[None]:
         if not _is_network_error(error):
             raise
         raise HostError(
-            f"{where}: the connection broke off ({_first_line(error)}); try again"
+            f"{where}: the connection broke off ({first_line(error)}); try again"
         ) from None
 
 
@@ -296,18 +296,17 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> GemmaFoldE
         )
     if isinstance(cause, errors.HfHubHTTPError):
         return HostError(
-            f"{place} refused {repo_id} ({_first_line(cause)}); check the token, or try later"
+            f"{place} refused {repo_id} ({first_line(cause)}); check the token, or try later"
         )
     if cause is None or _is_network_error(cause):
         return HostError(
-            f"{place} cannot be reached for {repo_id} ({_first_line(cause or error)}); "
+            f"{place} cannot be reached for {repo_id} ({first_line(cause or error)}); "
             "check the connection and HF_ENDPOINT, or give a folder"
         )
     if isinstance(cause, ValueError) and "filename" in str(cause):
         # The library refuses to write outside of its cache before anything of that file is fetched.
         return CheckpointError(
-            f"{repo_id} points outside the folder: {_first_line(cause)[:200]} "
-            "Do not trust this checkpoint"
+            f"{repo_id} points outside the folder: {first_line(cause)} Do not trust this checkpoint"
         )
     if isinstance(cause, OSError):
         return _explain_disk(cause, constants.HF_HUB_CACHE)
@@ -319,13 +318,9 @@ def _explain_disk(error: OSError, cache: str) -> HostError:
         advice = "free some space, or set HF_HUB_CACHE to another disk"
     else:
         advice = "check its permissions, or set HF_HUB_CACHE to a folder you may write"
-    return HostError(f"the Hub cache {cache} cannot be used ({_first_line(error)}); {advice}")
+    return HostError(f"the Hub cache {cache} cannot be used ({first_line(error)}); {advice}")
 
 
 def _is_network_error(error: BaseException) -> bool:
     # By module, since the library has changed its HTTP client more than once.
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

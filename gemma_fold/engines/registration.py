@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import wraps
 from typing import Any
 
-from gemma_fold.errors import GemmaFoldError, HostError
+from gemma_fold.errors import GemmaFoldError, HostError, first_line
 from gemma_fold.format.names import MODEL_TYPE
 
 _seen: set[str] = set()
@@ -58,8 +58,8 @@ def refuse_folded(problem: str) -> None:
 def _explain(engine: str, error: Exception) -> str:
     if isinstance(error, GemmaFoldError):
         return str(error)
-    what = (str(error).strip() or "no message").splitlines()[0]
+    reason = f"{type(error).__name__}: {first_line(error)}"
     return (
-        f"this {engine} is not one that gemma-fold can attach to ({type(error).__name__}: {what}); "
+        f"this {engine} is not one that gemma-fold can attach to ({reason}); "
         f"upgrade gemma-fold, or install a version of {engine} that its documentation names"
     )

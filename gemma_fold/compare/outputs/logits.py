@@ -97,7 +97,7 @@ def _run_a(
         floor = None
         if settings.noise_floor:
             floor = _noise_floor(model, writer.read(), tokens, settings.device)
-        greedy = [model.continue_greedily(p, settings.new_tokens) for p in tokens.prompts]
+        greedy = [model.continue_greedily(p.ids, settings.new_tokens) for p in tokens.prompts]
         vocabulary = writer.read().shape[1]
         return writer.finish(
             {
@@ -125,7 +125,7 @@ def _run_b(
             progress.file(f"B, window {number + 1}", 2)
             parts.append(_compare_window(model, window, file, number * len(window)))
             progress.advance(1)
-        greedy = [model.continue_greedily(p, settings.new_tokens) for p in tokens.prompts]
+        greedy = [model.continue_greedily(p.ids, settings.new_tokens) for p in tokens.prompts]
         return join(parts), greedy, engine_name(model, settings.device)
 
 

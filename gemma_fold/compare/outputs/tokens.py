@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_fold.compare.sides import Side
 from gemma_fold.compare.structure import vocabulary_size
-from gemma_fold.errors import CheckpointError, HostError, UsageError
+from gemma_fold.errors import CheckpointError, HostError, UsageError, first_line
 
 PROMPTS = (
     "The capital of France is Paris. The capital of Italy is",
@@ -165,11 +165,6 @@ def load_tokenizer(root: Path) -> Any:
             f"the tokenizer of {root} does not load ({first_line(error)}); "
             "restore its files, or compare weights with --no-outputs"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type's name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _random_tokens(sides: list[Side], context: int, prompts: int) -> Tokens:

@@ -111,7 +111,7 @@ class _Local:
 
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
         prompt = next(p for p in self._tokens.prompts if p.ids == text)
-        ids = self._model.continue_greedily(prompt, tokens)
+        ids = self._model.continue_greedily(prompt.ids, tokens)
         return tuple(map(self._name, ids)), self._tokens.text(ids)
 
 

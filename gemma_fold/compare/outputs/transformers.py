@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fold.compare.outputs.tokens import Prompt, first_line
 from gemma_fold.compare.sides import Side
-from gemma_fold.errors import GemmaFoldError, HostError, UnsupportedModelError, UsageError
+from gemma_fold.errors import (
+    GemmaFoldError,
+    HostError,
+    UnsupportedModelError,
+    UsageError,
+    first_line,
+)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -83,13 +88,13 @@ class Model:
                 return
             yield out.logits
 
-    def continue_greedily(self, prompt: Prompt, tokens: int) -> tuple[int, ...]:
-        """The most likely continuation, token by token."""
-        ids = torch.tensor([prompt.ids], device=self._device)
+    def continue_greedily(self, ids: Sequence[int], tokens: int) -> tuple[int, ...]:
+        """The most likely continuation of `ids`, token by token."""
+        prompt = torch.tensor([ids], device=self._device)
         out = self._call(
             self._model.generate,
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
             do_sample=False,
             num_beams=1,
             top_k=None,
@@ -98,7 +103,7 @@ class Model:
             max_new_tokens=tokens,
             pad_token_id=0,
         )
-        start = 1 if self._decodes_apart else ids.shape[1]
+        start = 1 if self._decodes_apart else prompt.shape[1]
         return tuple(int(i) for i in out[0, start:])
 
     def close(self) -> None:

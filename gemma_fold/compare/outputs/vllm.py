@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_fold.compare.outputs.server import TOP_K, Position
-from gemma_fold.compare.outputs.tokens import Tokens, first_line
+from gemma_fold.compare.outputs.tokens import Tokens
 from gemma_fold.compare.sides import Side
 from gemma_fold.engines.vllm.server import check_environment
-from gemma_fold.errors import GemmaFoldError, UnsupportedModelError
+from gemma_fold.errors import GemmaFoldError, UnsupportedModelError, first_line
 
 Text = str | tuple[int, ...]
 Decoded = tuple[list[list[Position]], list[list[Position]]]  # the same tokens one by one, at once

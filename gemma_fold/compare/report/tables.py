@@ -11,6 +11,7 @@ from gemma_fold.compare.outputs.results import PERCENTILES, Distribution, Output
 from gemma_fold.compare.report.verdict import DiffReport, SideInfo
 from gemma_fold.compare.weights.norms import NormStats, Spread, TensorClass
 from gemma_fold.compare.weights.tensors import TensorDiff, Weights
+from gemma_fold.rules.model import shorten
 
 _LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
@@ -53,7 +54,7 @@ def structure_lines(report: DiffReport) -> Iterator[str]:
     yield f"{found.tensors} tensors on both sides; {found.folded_forms} differ in form by the fold"
     for what, names in (("only in A", found.only_in_a), ("only in B", found.only_in_b)):
         if names:
-            yield f"{len(names)} {what}: {_some(names)}"
+            yield f"{len(names)} {what}: {shorten(names)}"
     for change in found.forms[:5]:
         yield f"{change.name}: {change.a} and {change.b}"
     if found.moved:
@@ -63,7 +64,7 @@ def structure_lines(report: DiffReport) -> Iterator[str]:
     for change in found.files[:5]:
         yield f"file {change.name}: {change.a} and {change.b}"
     if report.weights and report.weights.files:
-        yield f"other files whose content differs: {_some(report.weights.files)}"
+        yield f"other files whose content differs: {shorten(report.weights.files)}"
 
 
 def class_table(weights: Weights) -> Table:
@@ -239,8 +240,3 @@ def join_stats(members: Sequence[NormStats]) -> NormStats:
 def _one_line(text: str, limit: int) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

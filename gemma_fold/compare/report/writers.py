@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from gemma_fold.commands.render import table as padded
 from gemma_fold.compare.outputs.results import PERCENTILES
 from gemma_fold.compare.report import tables
 from gemma_fold.compare.report.tables import Table
 from gemma_fold.compare.report.verdict import DiffReport
+from gemma_fold.text import table as padded
 
 SCHEMA = 1
 """Version of the JSON: it grows when a key changes its meaning or goes away."""
