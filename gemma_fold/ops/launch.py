@@ -2,12 +2,16 @@
 
 Triton inspects every argument on every call to find the right specialisation, which takes longer
 than a small norm runs. A :class:`Plan` holds what a call with given shapes and strides needs, so
-that a second such call hands plain addresses to the compiled kernel.
+that a second such call hands plain addresses to the compiled kernel. That goes past Triton's public
+interface, so it is done with versions that are known to take it; others launch as Triton documents,
+the same kernel with more host time.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -27,6 +31,16 @@ from gemma_fold.ops.kernels.rows import AT_END, EARLY, NO_PDL
 from gemma_fold.ops.tuning import heads_config, row_config
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+#: The first and the last version of Triton whose launcher was read; 3.6 is what was measured.
+_DIRECT_VERSIONS = (3, 6), (3, 9)
+#: What its launchers take before the kernel's arguments: the second spells out four of the first.
+_LAUNCHERS = (
+    ["gridX", "gridY", "gridZ", "stream", "function", "*args"],
+    [
+        *("gridX", "gridY", "gridZ", "stream", "function", "kernel_metadata", "launch_metadata"),
+        *("launch_enter_hook", "launch_exit_hook", "*args"),
+    ],
+)
 MAX_ROWS = 2**31 - 1  # the row number is a 32-bit program id
 _BACKWARD_PROGRAMS_PER_SM = 4
 # Absent from builds without CUDA, where nothing asks for them.
@@ -40,6 +54,20 @@ def _uses_pdl(device: int) -> bool:
     if INTERPRETED or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@cache
+def takes_addresses(launcher: type, version: str) -> bool:
+    """Whether a launcher of Triton `version` is called as :class:`Plan` does, with addresses."""
+    number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    first, last = _DIRECT_VERSIONS
+    if not first <= number <= last:
+        return False
+    try:
+        _, *parameters = inspect.signature(launcher.__call__).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return [str(parameter) for parameter in parameters] in _LAUNCHERS
 
 
 class Plan:
@@ -114,9 +142,12 @@ class Plan:
             return
         with torch.cuda.device(self.device):
             compiled = launch(*tensors, *self.scalars, *eps, **self.constants, **self.options)
+        run = compiled.run
+        if not takes_addresses(type(run), triton.__version__):
+            return
         if all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors):
             self.ready = (
-                compiled.run,
+                run,
                 compiled.function,
                 compiled.packed_metadata,
                 tuple(self.constants.values()),

@@ -8,7 +8,7 @@ from norm_checks import check_in_place, exact_norm, gamma, rows, ulps
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.ops import reference
+from gemma_fold.ops import dispatch, launch, reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -188,6 +188,24 @@ def test_strides_offsets_and_layouts() -> None:
     y, total = ops.add_rms_norm(left, right, gain, EPS)
     assert torch.equal(total, right + left)
     assert torch.equal(y, ops.add_rms_norm(left.contiguous(), right.contiguous(), gain, EPS)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_public_launch_gives_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (*operands(33, 3840, dtype), EPS, EPS)
+    monkeypatch.setattr(dispatch, "_plans", {})
+    ops.rms_norm_add_rms_norm(*given)
+    direct = ops.rms_norm_add_rms_norm(*given)
+    assert any(plan.ready for plan in dispatch._plans.values() if plan is not None)
+
+    monkeypatch.setattr(dispatch, "_plans", {})
+    monkeypatch.setattr(launch, "takes_addresses", lambda *launcher: False)
+    for _ in range(2):
+        public = ops.rms_norm_add_rms_norm(*given)
+        assert all(map(torch.equal, public, direct))
+    assert not any(plan.ready for plan in dispatch._plans.values() if plan is not None)
 
 
 def test_no_rows() -> None:
