@@ -222,9 +222,9 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
     """Compare A, the reference, with B: structure, every weight, and what the models answer.
 
     Each is a folder (original or folded), a Hub id, or the http:// address of a server. Exits
-    with 0 where they are the same, with 1 where they differ, and with 2 where that could not be
-    found out. Without --max-kl, outputs are the same where no value differs, or where the mean KL
-    is within the noise of A itself.
+    with 0 if they are the same, with 1 if they differ, and with 2 if the comparison could not run.
+    Without --max-kl, outputs are the same if no value differs, or if the mean KL is within the
+    noise of A itself.
 
     \b
     Examples:

@@ -484,7 +484,7 @@ def test_the_command_and_its_exit_codes(original: Path, folded: Path, tmp_path: 
         (("A", "F", *["--engine", "transformers"] * 3), "at most two"),
         (("A", "F", "--structure-only", "--outputs"), "--structure-only compares the headers"),
         (("A", "http://127.0.0.1:1", "--no-outputs"), "only be compared by its outputs"),
-        (("A", "http://127.0.0.1:1", "--logits", "x"), "a server tells no logits"),
+        (("A", "http://127.0.0.1:1", "--logits", "x"), "servers and vLLM return no logits"),
         (("A", "F", "--save-logits", "x", "--logits", "y"), "not both"),
         (("A", "F", "--no-outputs", "--logits", "y"), "leave out --no-outputs"),
         (("A", "F", "--context", "1"), "too short"),

@@ -311,7 +311,7 @@ def test_saved_logits_of_something_else_are_refused(root: Path, tmp_path: Path) 
     (tmp_path / "short").write_bytes(kept.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated"):
         compare_tiny(root, "model", "folded", logits=tmp_path / "short")
-    with pytest.raises(CheckpointError, match="no logits file"):
+    with pytest.raises(CheckpointError, match="not a logits file"):
         compare_tiny(root, "model", "folded", logits=root / "model" / "model.safetensors")
     assert not list(tmp_path.glob("*.partial"))
 

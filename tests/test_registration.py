@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Stub packages by engine and case, each a mapping from a file to its text; and what is said.
 STUBS = {
     ("vllm", "no internals"): ({"__init__.py": "__version__ = '0.30.0'"}, "vllm.model_executor"),
-    ("vllm", "no version"): ({"__init__.py": ""}, "gemma-fold can attach to"),
+    ("vllm", "no version"): (
+        {"__init__.py": ""},
+        "gemma-fold cannot attach to this version of vLLM",
+    ),
     ("vllm", "an import that fails"): (
         {"__init__.py": "raise OSError('libcuda is missing\\nat all')"},
         "libcuda is missing",

@@ -216,7 +216,7 @@ def test_checkpoint_without_any_norm_is_refused() -> None:
 def test_layer_count_that_is_none(layers: object) -> None:
     found = classify({"model_type": "gemma3_text", "num_hidden_layers": layers}, text_model())
     assert found.verdict is Verdict.UNSUPPORTED
-    assert "no number of layers" in found.reason
+    assert "not a number of layers" in found.reason
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ The ladder, best first; each rung is tried until the kernel or the file system r
     reflink           FICLONERANGE: both files share the blocks, nothing is moved
     copy_file_range   inside the kernel, or on the server of a network file system
     sendfile          inside the kernel, also between file systems of different kinds
-    read_write        everywhere; its word on an error is final
+    read_write        everywhere; its errors are raised
 
 Between offsets that do not fall on the same place within a page, copy_file_range and sendfile write
 every page in two pieces and take twice as long as read_write with whole pages. They are left out

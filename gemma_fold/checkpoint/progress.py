@@ -1,4 +1,4 @@
-"""How long work reports that it moves on; the command line draws it, the library stays silent."""
+"""Progress callbacks: the command line draws a bar, the library stays silent."""
 
 
 class Progress:

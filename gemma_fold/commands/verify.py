@@ -71,7 +71,7 @@ def verify(
     (by their sha256) and folding those bits gives the gamma again. All else is compared with the
     digests taken at conversion, or with the source itself where `against` names it.
 
-    Raises CheckpointError where `folded` is no folded checkpoint at all, or `against` is damaged.
+    Raises CheckpointError if `folded` is not a folded checkpoint at all, or `against` is damaged.
     """
     root = Path(folded)
     read_manifest(root)

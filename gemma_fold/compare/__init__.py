@@ -1,10 +1,11 @@
 """Compare two checkpoints, or two running models: structure, weights, outputs.
 
-diff(a, b, options)          everything below, as one DiffReport with a Verdict
-sides, structure, weights    headers, then bytes and the arithmetic of norms; no torch
-outputs                      statistics of logits
-tokens, engine, endpoint     what is read, and who reads it: transformers, or a server
-report, html                 what people and programs get to see
+run        diff(a, b, options): everything below, as one DiffReport with a Verdict
+sides      what is compared: headers, configs and where the bytes lie
+structure  names, shapes, dtypes and config keys
+weights    bytes, and the arithmetic of norms; no torch
+outputs    what transformers, vLLM or a server answers, and its statistics
+report     the verdict, and what people and programs get to see of it
 """
 
 from gemma_fold.compare.report.verdict import DiffLimits, DiffReport, Verdict

@@ -149,7 +149,7 @@ def _check(options: DiffOptions, a: str, b: str, engines: tuple[str, str]) -> No
         raise UsageError("a server can only be compared by its outputs; leave out --no-outputs")
     if any(e != "transformers" for e in engines) and (options.save_logits or options.logits):
         raise UsageError(
-            "a server tells no logits, nor does vllm; --save-logits and --logits need transformers"
+            "servers and vLLM return no logits; --save-logits and --logits need transformers"
         )
     if "vllm" in engines and options.device != "auto":
         raise UsageError("--device is for transformers; CUDA_VISIBLE_DEVICES tells vllm its GPUs")

@@ -1,1 +1,1 @@
-"""Run folded checkpoints: the folded norm module, and what teaches each engine to use it."""
+"""Engines that run folded checkpoints: transformers, vLLM and SGLang, and what they share."""

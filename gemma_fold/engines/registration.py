@@ -60,6 +60,6 @@ def _explain(engine: str, error: Exception) -> str:
         return str(error)
     reason = f"{type(error).__name__}: {first_line(error)}"
     return (
-        f"this {engine} is not one that gemma-fold can attach to ({reason}); "
+        f"gemma-fold cannot attach to this version of {engine} ({reason}); "
         f"upgrade gemma-fold, or install a version of {engine} that its documentation names"
     )

@@ -52,7 +52,9 @@ def _check_index(manifest: Manifest, where: Path | str) -> None:
         raise _damaged("one of index and index_name is missing", where)
     check_top_name(name, where)
     if not name.endswith(INDEX_SUFFIX) or name not in manifest.files:
-        raise _damaged(f"index_name {shown(name)} is no weight index among its files", where)
+        raise _damaged(
+            f"index_name {shown(name)} is not the name of a weight index among its files", where
+        )
     index_map(index.encode(), f"index of {where}")
 
 

@@ -28,7 +28,7 @@ class Layers:
     counted: dict[str, int] = field(default_factory=dict)
 
     def limit(self, norm: Norm) -> int | None:
-        """The first index that is no layer the row knows; None without a limit."""
+        """The first index that is not a layer the row knows; None without a limit."""
         if norm.absolute or "{i}" not in norm.names:
             return None
         count = self._count(norm.layers or self.row.layers)
@@ -65,7 +65,7 @@ class Layers:
         if value is None:
             return 0
         if not isinstance(value, int) or not 0 <= value <= _MOST_LAYERS:
-            raise Refused(f"config.json says {path}={value!r}, which is no number of layers")
+            raise Refused(f"config.json says {path}={value!r}, which is not a number of layers")
         return value
 
     def _count_tensors(self, path: str) -> int:

@@ -125,7 +125,7 @@ def _parts(row: Family, config: Config) -> Iterator[tuple[str, Config, str, tupl
         for key, sub in config.items():
             if isinstance(sub, Mapping) and isinstance(sub.get("model_type"), str):
                 if _PATTERN.search(key):
-                    raise Refused(f"config.json has a model under {key!r}, which is no name")
+                    raise Refused(f"config.json has a model under {key!r}, which is not a name")
                 yield key, sub, sub["model_type"], _usual_prefixes(key)
 
 

@@ -129,7 +129,7 @@ class LogitsFile:
 
     @classmethod
     def open(cls, path: Path) -> LogitsFile:
-        """Raises CheckpointError where `path` is no logits file."""
+        """Raises CheckpointError if `path` is not a logits file."""
         header = read_header(path)
         try:
             logits = header.tensors["logits"]
@@ -138,7 +138,7 @@ class LogitsFile:
             dtype = _DTYPES[logits.dtype]
         except (KeyError, ValueError):
             raise CheckpointError(
-                f"{path} is no logits file; make one with `gemma-fold diff --save-logits`"
+                f"{path} is not a logits file; make one with `gemma-fold diff --save-logits`"
             ) from None
         start = header.data_start + logits.start
         return cls(path, dtype, (positions, vocabulary), metadata, start)

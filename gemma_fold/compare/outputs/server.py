@@ -156,7 +156,10 @@ class Endpoint:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise UsageError(f"{self.url}{path} does not answer in JSON; it is no such server")
+            raise UsageError(
+                f"{self.url}{path} does not answer in JSON; "
+                "give the address of an OpenAI-compatible server"
+            )
         return answer
 
     def _refused(self, error: urllib.error.HTTPError) -> _RefusedError:

@@ -129,7 +129,7 @@ def compare_top(
     `tokens` is None where both are servers. A side that is a checkpoint is run by transformers.
 
     Raises NothingInCommonError where the tokens differ, and HostError where a
-    server is down, too slow, or tells no log-probabilities.
+    server is down, too slow, or returns no log-probabilities.
     """
     by_id = all([e.names_ids() for e in (a, b) if isinstance(e, Endpoint)])
     passages, starts, names, origin = _texts(tokens, text, prompts)

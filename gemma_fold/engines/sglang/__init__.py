@@ -7,7 +7,7 @@ What it changes there:
   type or an architecture works as for the original;
 * weights: `weights.py` hands every loader raw weights, whatever was folded, and counts them;
 * norms: `norms.py` keeps the exact fp32 gain beside each zero-centred weight, in step with it;
-* kernels: `native.py` and `sandwich.py` run gemma-fold's on that gain, `all_reduce.py` gives
+* kernels: `native.py` and `layers.py` run gemma-fold's on that gain, `all_reduce.py` gives
   SGLang's fused all-reduce exact weights.
 
 Models that are not folded keep every object and function they had.

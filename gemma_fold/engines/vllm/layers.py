@@ -77,13 +77,13 @@ def _problem(family: Family, model: Any, layers: list[Any]) -> str:
     if not layers:
         return f"{family.model} has no layer on this stage"
     if not is_known(family, model, layers):
-        return f"this vLLM's {family.model} is not one that gemma-fold has read"
+        return f"unrecognised {family.model}.forward in this vLLM"
     if model.config.hidden_size > checks.MAX_HIDDEN:
         return f"{family.model} is wider than {checks.MAX_HIDDEN}"
     for layer in layers:
         for name in _norm_names(family):
             if type(getattr(layer, name, None)) is not GemmaRMSNorm:
-                return f"{family.layer} has a {name} that is no GemmaRMSNorm"
+                return f"{family.layer} has a {name} that is not a GemmaRMSNorm"
     return ""
 
 

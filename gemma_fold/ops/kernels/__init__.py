@@ -1,4 +1,1 @@
-"""Norm kernels for fp32 gamma: plain torch references, Triton kernels, torch.library operators.
-
-Nothing here knows about checkpoints. Callers use :mod:`gemma_fold.ops`.
-"""
+"""The Triton kernels; :mod:`gemma_fold.ops.launch` starts them."""
