@@ -14,7 +14,7 @@ import pytest
 from fuzz import targets
 from fuzz.mutate import mutate
 
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
 from gemma_fold.errors import GemmaFoldError
 
 FUZZ = Path(targets.__file__).parent

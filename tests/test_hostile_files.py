@@ -16,9 +16,9 @@ from commands import run
 
 from gemma_fold.checkpoint.header import parse_header
 from gemma_fold.checkpoint.source import open_checkpoint, parse_json_object
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
 from gemma_fold.errors import CheckpointError
-from gemma_fold.manifest import Manifest, parse_manifest
+from gemma_fold.format.manifest import Manifest, parse_manifest
 from gemma_fold.rules import Verdict, classify
 
 NORM = "model.norm.weight"
