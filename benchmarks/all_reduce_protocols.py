@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 benchmarks/all_reduce_protocols.py --out NAME.json
 
 Needs three GPUs or more that reach each other's memory. What it finds is what
-`gemma_fold/kernels/all_reduce/tuning.py` says of when a sum takes which.
+`gemma_fold/ops/collectives/tuning.py` says of when a sum takes which.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from norm_peers import EPS, Call, flashinfer_backend
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.kernels import reference
+from gemma_fold.ops import reference
 
 POSITIONS = 32768
 Pair = tuple[Tensor, Tensor]

@@ -98,7 +98,7 @@ def environment(impl: str, work: Path) -> dict[str, str]:
     info.mkdir(parents=True, exist_ok=True)  # by which SGLang finds it where it is not installed
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gemma-fold\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\ngemma_fold = gemma_fold.runtime.sglang:register\n"
+        "[sglang.srt.plugins]\ngemma_fold = gemma_fold.engines.sglang:register\n"
     )
     paths = [str(info.parent), str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
     return {**env, "GEMMA_FOLD": "native", "PYTHONPATH": os.pathsep.join(paths)}

@@ -32,7 +32,7 @@ import transformers  # noqa: E402
 from run_meta import git_commit  # noqa: E402
 
 import gemma_fold  # noqa: E402
-from gemma_fold.runtime import sandwich  # noqa: E402
+from gemma_fold.engines.transformers import layers  # noqa: E402
 
 SHAPE = {
     "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
@@ -72,7 +72,7 @@ def variant(stock: Any, name: str) -> Any:
         return copy.deepcopy(stock)
     model = gemma_fold.fold_model(copy.deepcopy(stock))
     if name == "unfused":
-        sandwich.split_layers(model)
+        layers.split_layers(model)
     return model
 
 

@@ -128,7 +128,7 @@ def _entry_point(work: Path) -> Path:
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gemma-fold\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\ngemma_fold = gemma_fold.runtime.vllm:register\n"
+        "[vllm.general_plugins]\ngemma_fold = gemma_fold.engines.vllm:register\n"
     )
     return folder
 

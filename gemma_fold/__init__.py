@@ -1,12 +1,16 @@
 """Fold zero-centred norm weights, gamma = 1 + w, once, offline and exactly.
 
-    gemma_fold.load(path_or_hub_id)           a folded checkpoint as a transformers model
-    gemma_fold.fold_model(model)              the same for a model already in memory
-    gemma_fold.unfold_model(model)            and back
-    gemma_fold.convert.convert(source, out)   a checkpoint on disk; see also unfold, verify
-    gemma_fold.ops                            kernels that take the fp32 gamma
+    gemma_fold.inspect(source)          which norms of a checkpoint are zero-centred, by which rule
+    gemma_fold.convert(source, out)     fold a checkpoint on disk
+    gemma_fold.verify(folded)           check one that was folded
+    gemma_fold.unfold(folded, out)      the very bytes it was made from
+    gemma_fold.diff(a, b)               compare two checkpoints, or what two models answer
+    gemma_fold.load(path_or_hub_id)     a folded checkpoint as a transformers model
+    gemma_fold.fold_model(model)        the same for a model already in memory
+    gemma_fold.unfold_model(model)      and back
+    gemma_fold.ops                      operators that take the fp32 gamma
 
-Importing this package imports neither torch nor numpy; the functions above do when first used.
+Importing this package imports neither torch nor numpy; a name does when it is first used.
 """
 
 from __future__ import annotations
@@ -15,25 +19,83 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gemma_fold._version import __version__
-from gemma_fold.errors import GemmaFoldError
+from gemma_fold.errors import (
+    AlreadyFoldedError,
+    CheckpointError,
+    GemmaFoldError,
+    HostError,
+    NothingToFoldError,
+    UnsupportedModelError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
-    from gemma_fold.runtime.fold_model import fold_model, unfold_model
-    from gemma_fold.runtime.transformers import load
+    from gemma_fold import ops
+    from gemma_fold.checkpoint.progress import Progress
+    from gemma_fold.commands.convert import ConversionReport, convert
+    from gemma_fold.commands.inspect import Inspection, inspect
+    from gemma_fold.commands.unfold import unfold
+    from gemma_fold.commands.verify import VerifyReport, verify
+    from gemma_fold.compare.report.verdict import DiffLimits, DiffReport
+    from gemma_fold.compare.run import DiffOptions, diff
+    from gemma_fold.engines.transformers.models import fold_model, unfold_model
+    from gemma_fold.engines.transformers.plugin import load
 
+#: Where each name that is imported on first use lives: as in the block above.
 _HOME = {
-    "fold_model": "gemma_fold.runtime.fold_model",
-    "load": "gemma_fold.runtime.transformers",
-    "unfold_model": "gemma_fold.runtime.fold_model",
+    "ConversionReport": "commands.convert",
+    "DiffLimits": "compare.report.verdict",
+    "DiffOptions": "compare.run",
+    "DiffReport": "compare.report.verdict",
+    "Inspection": "commands.inspect",
+    "Progress": "checkpoint.progress",
+    "VerifyReport": "commands.verify",
+    "convert": "commands.convert",
+    "diff": "compare.run",
+    "fold_model": "engines.transformers.models",
+    "inspect": "commands.inspect",
+    "load": "engines.transformers.plugin",
+    "ops": "",
+    "unfold": "commands.unfold",
+    "unfold_model": "engines.transformers.models",
+    "verify": "commands.verify",
 }
 
-__all__ = ["GemmaFoldError", "__version__", "fold_model", "load", "unfold_model"]
+__all__ = [
+    "AlreadyFoldedError",
+    "CheckpointError",
+    "ConversionReport",
+    "DiffLimits",
+    "DiffOptions",
+    "DiffReport",
+    "GemmaFoldError",
+    "HostError",
+    "Inspection",
+    "NothingToFoldError",
+    "Progress",
+    "UnsupportedModelError",
+    "UsageError",
+    "VerifyReport",
+    "__version__",
+    "convert",
+    "diff",
+    "fold_model",
+    "inspect",
+    "load",
+    "ops",
+    "unfold",
+    "unfold_model",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    home = _HOME[name]
+    if not home:
+        return import_module(f"{__name__}.{name}")
+    return getattr(import_module(f"{__name__}.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -54,11 +54,13 @@ def inspect(source: str, as_json: bool) -> None:
       gemma-fold inspect ./gemma-3-270m
       gemma-fold inspect google/gemma-3-27b-it@main --json
     """
-    from gemma_fold import inspection, render
+    from gemma_fold.commands import render
+    from gemma_fold.commands.inspect import inspect as run
+    from gemma_fold.commands.inspect import to_json
     from gemma_fold.rules import Verdict
 
-    found = inspection.inspect(source)
-    _print(as_json, lambda: inspection.to_json(found), lambda: render.inspection(found))
+    found = run(source)
+    _print(as_json, lambda: to_json(found), lambda: render.inspection(found))
     if found.classification.verdict in (Verdict.NOTHING_TO_FOLD, Verdict.UNSUPPORTED):
         sys.exit(3)
     if found.incomplete:
@@ -111,8 +113,8 @@ def convert(
       gemma-fold convert ./gemma-3-270m -o ./gemma-3-270m-folded
       gemma-fold convert google/gemma-3-270m@main -o ./gemma-3-270m-folded --dry-run
     """
-    from gemma_fold import render
-    from gemma_fold.convert import convert as run
+    from gemma_fold.commands import render
+    from gemma_fold.commands.convert import convert as run
 
     report = run(
         source,
@@ -141,8 +143,8 @@ def verify(folded: str, against: str | None, as_json: bool) -> None:
       gemma-fold verify ./gemma-3-270m-folded
       gemma-fold verify ./gemma-3-270m-folded --against google/gemma-3-270m
     """
-    from gemma_fold import render
-    from gemma_fold.verify import verify as run
+    from gemma_fold.commands import render
+    from gemma_fold.commands.verify import verify as run
 
     report = run(folded, against=against, progress=render.ProgressBar("comparing"))
     _print(
@@ -165,8 +167,8 @@ def unfold(folded: str, out: str, resume: bool, restart: bool, as_json: bool) ->
     Example:
       gemma-fold unfold ./gemma-3-270m-folded -o ./gemma-3-270m-again
     """
-    from gemma_fold import render
-    from gemma_fold.unfold import unfold as run
+    from gemma_fold.commands import render
+    from gemma_fold.commands.unfold import unfold as run
 
     report = run(
         folded, out, resume=resume, restart=restart, progress=render.ProgressBar("unfolding")
@@ -230,15 +232,15 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
       gemma-fold diff google/gemma-3-270m ./gemma-3-270m-folded --no-outputs
       gemma-fold diff http://127.0.0.1:8000 http://127.0.0.1:8001 --max-kl 1e-3
     """
-    from gemma_fold import render
-    from gemma_fold.diff import report
-    from gemma_fold.diff.command import run
+    from gemma_fold.commands import render
+    from gemma_fold.commands.diff import run
+    from gemma_fold.compare.report import writers
 
     found = run(a, b, html=html, progress=render.ProgressBar("comparing"), **given)
     _print(
         as_json,
-        lambda: report.to_json(found),
-        lambda: report.markdown(found) if markdown else report.text(found),
+        lambda: writers.to_json(found),
+        lambda: writers.markdown(found) if markdown else writers.text(found),
     )
     sys.exit(found.verdict.exit_code)
 
@@ -268,13 +270,13 @@ def serve(
       gemma-fold serve ./gemma-3-270m-folded --port 8080 -- --dtype float32
       gemma-fold serve ./gemma-3-27b-folded --engine vllm -- --tensor-parallel-size 2
     """
-    from gemma_fold.runtime.serve import serve as run
+    from gemma_fold.engines.serve import serve as run
 
     run(folded, engine, host, port, engine_arguments)
 
 
 def _print(as_json: bool, plain: Callable[[], Any], text: Callable[[], str]) -> None:
-    from gemma_fold.render import printable
+    from gemma_fold.text import printable
 
     found = json.dumps(plain(), indent=2, default=str) if as_json else text()
     click.echo(printable(found, sys.stdout.encoding))
@@ -306,7 +308,7 @@ def main() -> None:
 
 
 def _fail(message: str, exit_code: int) -> None:
-    from gemma_fold.render import printable
+    from gemma_fold.text import printable
 
     line = printable(f"gemma-fold: {message}", sys.stderr.encoding, one_line=True)
     click.echo(line, err=True)

@@ -6,8 +6,9 @@
     │   └── AlreadyFoldedError     2   folding it again would add the offset twice
     ├── UnsupportedModelError      3   no rule says what this model's norms mean
     │   └── NothingToFoldError     3   this family already stores plain gamma
-    ├── EnvironmentProblem         2   disk, permissions, a missing extra or engine
-    └── CheckFailedError           1   a check ran and found a difference
+    └── HostError                  2   disk, permissions, a missing extra or engine
+
+A check that finds a difference raises nothing: its result says so, and the command exits with 1.
 
 Each message is one line: what failed, why, and what to do about it.
 """
@@ -41,11 +42,10 @@ class NothingToFoldError(UnsupportedModelError):
     """The model family stores plain gamma, so there is nothing to do."""
 
 
-class EnvironmentProblem(GemmaFoldError):
+class HostError(GemmaFoldError):
     """The machine is in the way: disk space, permissions, a package that is not installed."""
 
 
-class CheckFailedError(GemmaFoldError):
-    """A check ran to its end and found a difference."""
-
-    exit_code = 1
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What another library's exception says, for a message of ours; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.kernels.all_reduce.reference import rank_ordered_sum
+from gemma_fold.ops.collectives.reference import rank_ordered_sum
 
 HIDDEN, EPS = 96, 1e-6
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gemma_fold import ops
-from gemma_fold.kernels.all_reduce import tuning
-from gemma_fold.kernels.all_reduce.exchange import capacity
+from gemma_fold.ops.collectives import tuning
+from gemma_fold.ops.collectives.exchange import capacity
 
 RANK = Path(__file__).resolve().parent / "all_reduce_ranks.py"
 

@@ -18,9 +18,9 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from gemma_fold.kernels import launch  # noqa: E402
-from gemma_fold.kernels.all_reduce import portable  # noqa: E402
-from gemma_fold.kernels.rows import EARLY, LATE  # noqa: E402
+from gemma_fold.ops import launch  # noqa: E402
+from gemma_fold.ops.collectives import portable  # noqa: E402
+from gemma_fold.ops.kernels.rows import EARLY, LATE  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

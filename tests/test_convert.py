@@ -22,12 +22,12 @@ from checkpoints import (
 )
 from safetensors.numpy import save_file
 
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
+from gemma_fold.commands.inspect import inspect
+from gemma_fold.commands.unfold import unfold
+from gemma_fold.commands.verify import verify
 from gemma_fold.errors import AlreadyFoldedError, UsageError
-from gemma_fold.inspection import inspect
 from gemma_fold.rules import Kind, Verdict
-from gemma_fold.unfold import unfold
-from gemma_fold.verify import verify
 
 
 @pytest.fixture(params=[1, 4], ids=["single file", "4 shards"])

@@ -15,7 +15,7 @@ import pytest
 
 from gemma_fold.checkpoint import copy
 from gemma_fold.checkpoint.copy import Copier, Method
-from gemma_fold.errors import CheckpointError, EnvironmentProblem
+from gemma_fold.errors import CheckpointError, HostError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the ladder's rungs are Linux's")
 
@@ -229,7 +229,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "src").write_bytes(noise(10_000))
     with (
         opened(tmp_path / "src", Path("/dev/full")) as (src, dst),
-        pytest.raises(EnvironmentProblem, match=r"/dev/full: no space left with 9000 bytes"),
+        pytest.raises(HostError, match=r"/dev/full: no space left with 9000 bytes"),
     ):
         Copier().copy(src, 0, dst, 0, 9000)
 
@@ -241,7 +241,7 @@ def test_a_disk_that_fills_up_midway(tmp_path: Path) -> None:
         for method in (*KERNEL_RUNGS, Method.READ_WRITE):
             with (
                 opened(tmp_path / "src", tmp_path / "small" / method.value) as (src, dst),
-                pytest.raises(EnvironmentProblem, match=r"no space left with \d+ bytes"),
+                pytest.raises(HostError, match=r"no space left with \d+ bytes"),
             ):
                 Copier([method]).copy(src, 0, dst, 0, 3 * MIB)
             (tmp_path / "small" / method.value).unlink()
@@ -250,7 +250,7 @@ def test_a_disk_that_fills_up_midway(tmp_path: Path) -> None:
 def test_a_target_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "src").write_bytes(noise(100))
     src = os.open(tmp_path / "src", os.O_RDONLY)
-    with pytest.raises(EnvironmentProblem, match=r"cannot copy .*src to .*src"):
+    with pytest.raises(HostError, match=r"cannot copy .*src to .*src"):
         Copier().copy(src, 0, src, 200, 100)
     os.close(src)
 

@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 from checkpoints import gemma3_tensors, tree, write_checkpoint
 
+from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.checkpoint.staging import work_folder
-from gemma_fold.convert import convert
-from gemma_fold.errors import CheckpointError, EnvironmentProblem, UsageError
-from gemma_fold.progress import Progress
-from gemma_fold.unfold import unfold
-from gemma_fold.verify import verify
+from gemma_fold.commands.convert import convert
+from gemma_fold.commands.unfold import unfold
+from gemma_fold.commands.verify import verify
+from gemma_fold.errors import CheckpointError, HostError, UsageError
 
 # Runs a conversion that dies by SIGKILL at its n-th event: a file begun, or bytes written.
 DYING = """
 import os, signal, sys
-from gemma_fold.{module} import {module} as run
-from gemma_fold.progress import Progress
+from gemma_fold.commands.{module} import {module} as run
+from gemma_fold.checkpoint.progress import Progress
 
 class Dying(Progress):
     left = int(sys.argv[3])
@@ -158,7 +158,8 @@ def test_two_converters_on_one_output(tmp_path: Path) -> None:
 # The command line, interrupted by a real SIGINT when its second file begins.
 INTERRUPTED = """
 import os, signal, sys
-from gemma_fold import cli, render
+from gemma_fold import cli
+from gemma_fold.commands import render
 
 class Interrupted(render.ProgressBar):
     def file(self, name, number):
@@ -199,7 +200,7 @@ def test_too_little_space_is_seen_before_anything_is_written(
 ) -> None:
     source = write_checkpoint(tmp_path / "model")
     (source / "large.bin").write_bytes(bytes(4 << 20))
-    with pytest.raises(EnvironmentProblem, match=r"not enough space.* needed, .* free"):
+    with pytest.raises(HostError, match=r"not enough space.* needed, .* free"):
         convert(source, small_disk / "out")
     assert not any(small_disk.iterdir())
 
@@ -215,7 +216,7 @@ def test_disk_that_fills_up_midway(tmp_path: Path, small_disk: Path) -> None:
                 file.write(bytes(4096))
                 file.flush()
 
-    with pytest.raises(EnvironmentProblem, match="space") as error:
+    with pytest.raises(HostError, match="space") as error:
         convert(source, small_disk / "out", progress=At(fill))
     assert "\n" not in str(error.value)
     assert not (small_disk / "out").exists()
@@ -227,5 +228,5 @@ def test_disk_that_fills_up_midway(tmp_path: Path, small_disk: Path) -> None:
 def test_read_only_target(tmp_path: Path, small_disk: Path) -> None:
     source = write_checkpoint(tmp_path / "model")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(EnvironmentProblem, match=r"cannot write .*; choose a writable disk"):
+    with pytest.raises(HostError, match=r"cannot write .*; choose a writable disk"):
         convert(source, small_disk / "out")

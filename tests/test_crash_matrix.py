@@ -22,8 +22,8 @@ from crash.scenes import SCENES
 from crash.shim import build, compiler
 from test_copy import mounted
 
-from gemma_fold.convert import convert
-from gemma_fold.verify import verify
+from gemma_fold.commands.convert import convert
+from gemma_fold.commands.verify import verify
 
 TESTS = Path(__file__).resolve().parent
 LINUX = sys.platform == "linux"

@@ -23,18 +23,18 @@ from hubserver import HubServer
 from safetensors.numpy import save_file
 
 from gemma_fold.checkpoint.header import TensorEntry, render_header
-from gemma_fold.convert import convert
-from gemma_fold.diff import Limits, Options, diff
-from gemma_fold.diff.norms import BUCKETS, TensorClass, ulp_distance
-from gemma_fold.diff.report import SCHEMA, markdown, text, to_json
-from gemma_fold.diff.sides import open_side
-from gemma_fold.diff.structure import compare_structure
-from gemma_fold.diff.weights import compare_weights
+from gemma_fold.commands.convert import convert
+from gemma_fold.compare import DiffLimits, DiffOptions, diff
+from gemma_fold.compare.report.writers import SCHEMA, markdown, text, to_json
+from gemma_fold.compare.sides import open_side
+from gemma_fold.compare.structure import compare_structure
+from gemma_fold.compare.weights.norms import BUCKETS, TensorClass, ulp_distance
+from gemma_fold.compare.weights.tensors import compare_weights
 from gemma_fold.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16 = ml_dtypes.bfloat16
-WEIGHTS = Options(outputs=False)
+WEIGHTS = DiffOptions(outputs=False)
 Array = np.ndarray[Any, Any]
 
 
@@ -324,11 +324,11 @@ def sparse_checkpoint(folder: Path, layers: int, rows: int) -> Path:
 def test_structure_only_reads_headers_of_any_size(tmp_path: Path) -> None:
     a = sparse_checkpoint(tmp_path / "a", 60, 1 << 22)  # 60 files of 137 GB: none can be read
     b = sparse_checkpoint(tmp_path / "b", 60, 1 << 22)
-    found = diff(str(a), str(b), Options(structure_only=True))
+    found = diff(str(a), str(b), DiffOptions(structure_only=True))
     assert found.verdict.same and found.weights is None and found.outputs is None
     assert found.structure is not None and found.structure.tensors == 360
     c = sparse_checkpoint(tmp_path / "c", 60, 1 << 21)
-    found = diff(str(a), str(c), Options(structure_only=True))
+    found = diff(str(a), str(c), DiffOptions(structure_only=True))
     assert found.structure is not None and len(found.structure.forms) == 120
     assert not found.verdict.same
 
@@ -341,7 +341,7 @@ def test_structure_of_a_hub_id_downloads_no_weights(
     with HubServer() as hub:
         hub.use(monkeypatch, tmp_path / "home")
         commit = hub.add("org/big", big)
-        found = diff("org/big", str(folded), Options(structure_only=True))
+        found = diff("org/big", str(folded), DiffOptions(structure_only=True))
         assert found.a.commit == commit and found.structure is not None
         assert found.structure.only_in_a == ("model.big.weight",)
         assert found.structure.folded_forms == 19
@@ -395,7 +395,9 @@ def test_max_ulp_tolerates_rounding_and_no_more(
     assert 0 < worst <= 1 << 15 and not strict.verdict.same
     for limit, same in ((worst, True), (worst - 1, False)):
         found = diff(
-            str(original), str(rounded), Options(outputs=False, limits=Limits(max_ulp=limit))
+            str(original),
+            str(rounded),
+            DiffOptions(outputs=False, limits=DiffLimits(max_ulp=limit)),
         )
         assert found.verdict.same is same
 
@@ -511,8 +513,9 @@ def test_a_later_format_and_a_lost_config_are_refused(folded: Path, tmp_path: Pa
 
 def test_weights_are_compared_without_torch(original: Path, folded: Path) -> None:
     code = (
-        "import sys; from gemma_fold.diff import Options, diff; from gemma_fold.diff import report;"
-        f"found = diff({str(original)!r}, {str(folded)!r}, Options(outputs=False));"
+        "import sys; from gemma_fold.compare import DiffOptions, diff;"
+        "from gemma_fold.compare.report import writers as report;"
+        f"found = diff({str(original)!r}, {str(folded)!r}, DiffOptions(outputs=False));"
         "print(report.text(found));"
         "sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()) or not found.verdict.same)"
     )
@@ -522,4 +525,4 @@ def test_weights_are_compared_without_torch(original: Path, folded: Path) -> Non
 
 def test_options_that_contradict_each_other_raise() -> None:
     with pytest.raises(UsageError, match="at most two"):
-        diff("a", "b", Options(engines=("transformers",) * 3))
+        diff("a", "b", DiffOptions(engines=("transformers",) * 3))

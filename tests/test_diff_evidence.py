@@ -18,13 +18,13 @@ from logprob_server import LogprobServer
 from test_diff_outputs import LETTERS, add_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from gemma_fold.diff import Limits, Options, Report, diff
-from gemma_fold.diff.endpoint import Position
-from gemma_fold.diff.outputs import compare_rows, summarize
-from gemma_fold.diff.report import text, to_json
-from gemma_fold.diff.results import Outputs
-from gemma_fold.diff.top import compare_positions
-from gemma_fold.diff.verdict import judge
+from gemma_fold.compare import DiffLimits, DiffOptions, DiffReport, diff
+from gemma_fold.compare.outputs.results import Outputs
+from gemma_fold.compare.outputs.server import Position
+from gemma_fold.compare.outputs.stats import compare_rows, summarize
+from gemma_fold.compare.outputs.top_k import compare_positions
+from gemma_fold.compare.report.verdict import judge
+from gemma_fold.compare.report.writers import text, to_json
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -103,16 +103,16 @@ def compare(
     *,
     b: str = "a",
     **options: Any,
-) -> Report:
+) -> DiffReport:
     with (
         LogprobServer(models["a"], tokenizer, edit=edits[0]) as one,
         LogprobServer(models[b], tokenizer, edit=edits[1]) as two,
     ):
         given = {"text": text_file, "prompts": 0, **options}
-        return diff(one.url, two.url, Options(**given))
+        return diff(one.url, two.url, DiffOptions(**given))
 
 
-def outcome(report: Report) -> str:
+def outcome(report: DiffReport) -> str:
     verdict = report.verdict
     assert "\n" not in verdict.line and verdict.line.startswith(verdict.line.split(":")[0] + ": ")
     word = verdict.line.split(":")[0]
@@ -124,10 +124,10 @@ def outcome(report: Report) -> str:
     return word
 
 
-LIMITS = [Limits(), Limits(max_kl=1e-3)]
+LIMITS = [DiffLimits(), DiffLimits(max_kl=1e-3)]
 #: The last one is over the lower bounds of the KL here: it is other evidence that decides.
 DIFFERENT = pytest.mark.parametrize(
-    "limits", [*LIMITS, Limits(max_kl=0.1)], ids=["noise floor", "max-kl", "lax"]
+    "limits", [*LIMITS, DiffLimits(max_kl=0.1)], ids=["noise floor", "max-kl", "lax"]
 )
 
 
@@ -142,7 +142,7 @@ DIFFERENT = pytest.mark.parametrize(
     ids=["sure", "unsure", "all but the token that follows"],
 )
 def test_lists_with_nothing_in_common_are_a_difference(
-    models: dict[str, Any], tokenizer: Any, text_file: Path, edits: Any, limits: Limits
+    models: dict[str, Any], tokenizer: Any, text_file: Path, edits: Any, limits: DiffLimits
 ) -> None:
     found = compare(models, tokenizer, text_file, edits, limits=limits)
     assert outcome(found) == "differs"
@@ -158,7 +158,7 @@ def test_another_model_with_other_lists_is_a_difference(
 
 @DIFFERENT
 def test_the_same_lists_with_a_far_perplexity_are_a_difference(
-    models: dict[str, Any], tokenizer: Any, text_file: Path, limits: Limits
+    models: dict[str, Any], tokenizer: Any, text_file: Path, limits: DiffLimits
 ) -> None:
     edit = both(tops(without_token), own(lambda p: p - 2))
     found = compare(models, tokenizer, text_file, (tops(without_token), edit), limits=limits)
@@ -226,7 +226,7 @@ def test_a_side_that_contradicts_itself_has_no_noise_floor(
 @pytest.mark.parametrize("limits", LIMITS, ids=["noise floor", "max-kl"])
 @pytest.mark.parametrize("edit", [None, tops(without_token), peaked(100)])
 def test_the_same_model_stays_the_same(
-    models: dict[str, Any], tokenizer: Any, text_file: Path, edit: Edit | None, limits: Limits
+    models: dict[str, Any], tokenizer: Any, text_file: Path, edit: Edit | None, limits: DiffLimits
 ) -> None:
     found = compare(models, tokenizer, text_file, (edit, edit), limits=limits)
     assert outcome(found) == "same"
@@ -243,11 +243,11 @@ def test_a_little_noise_is_tolerated_where_it_is_allowed(
             logprobs
         )
 
-    found = compare(models, tokenizer, text_file, (None, noisy), limits=Limits(max_kl=1e-3))
+    found = compare(models, tokenizer, text_file, (None, noisy), limits=DiffLimits(max_kl=1e-3))
     assert outcome(found) == "same"
     assert outcome(compare(models, tokenizer, text_file, (None, noisy))) == "differs"
     # The floor is noise of the same kind, and a little more of it where A is noisier than B.
-    found = compare(models, tokenizer, text_file, (noisy, noisy), limits=Limits(max_kl=1e-3))
+    found = compare(models, tokenizer, text_file, (noisy, noisy), limits=DiffLimits(max_kl=1e-3))
     assert outcome(found) == "same"
 
 
@@ -340,7 +340,7 @@ def test_logits_that_are_no_numbers_on_both_sides_are_not_the_same(value: float)
 def test_rows_that_are_masked_throughout_are_not_the_same() -> None:
     a = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
     a[3] = -math.inf
-    assert judge(None, None, full(a, a.clone()), Limits()).exit_code == 2
+    assert judge(None, None, full(a, a.clone()), DiffLimits()).exit_code == 2
 
 
 def test_checkpoints_that_give_no_numbers(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_checkpoints_that_give_no_numbers(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
     model.save_pretrained(tmp_path / "broken")
-    options = Options(outputs=True, prompts=1, new_tokens=4)
+    options = DiffOptions(outputs=True, prompts=1, new_tokens=4)
     found = diff(str(tmp_path / "broken"), str(tmp_path / "broken"), options)
     assert outcome(found) == "not comparable" and "not finite" in found.verdict.line
     assert json.loads(json.dumps(to_json(found), allow_nan=False))["comparable"] is False
@@ -369,6 +369,8 @@ def test_a_checkpoint_that_gives_no_numbers_and_a_server(
     add_tokenizer(tmp_path / "broken")
     with LogprobServer(models["a"], tokenizer) as server:
         found = diff(
-            str(tmp_path / "broken"), server.url, Options(outputs=True, text=text_file, prompts=1)
+            str(tmp_path / "broken"),
+            server.url,
+            DiffOptions(outputs=True, text=text_file, prompts=1),
         )
     assert outcome(found) == "not comparable" and "A tells" in found.verdict.line

@@ -24,19 +24,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import gemma_fold
-from gemma_fold.convert import convert
-from gemma_fold.diff import Limits, Options, Report, diff
-from gemma_fold.diff import outputs as statistics
-from gemma_fold.diff.engine import explaining_memory, running
-from gemma_fold.diff.norms import TensorClass
-from gemma_fold.diff.outputs import compare_rows, join, summarize
-from gemma_fold.diff.report import markdown, text, to_json
-from gemma_fold.diff.results import PERCENTILES, OutputStats, first_difference
-from gemma_fold.diff.sides import open_side
-from gemma_fold.diff.tokens import NothingInCommonError, split_windows
+from gemma_fold.commands.convert import convert
+from gemma_fold.compare import DiffLimits, DiffOptions, DiffReport, diff
+from gemma_fold.compare.outputs import stats as statistics
+from gemma_fold.compare.outputs.results import PERCENTILES, OutputStats, first_difference
+from gemma_fold.compare.outputs.stats import compare_rows, join, summarize
+from gemma_fold.compare.outputs.tokens import NothingInCommonError, split_windows
+from gemma_fold.compare.outputs.transformers import explaining_memory, running
+from gemma_fold.compare.report.writers import markdown, text, to_json
+from gemma_fold.compare.sides import open_side
+from gemma_fold.compare.weights.norms import TensorClass
 from gemma_fold.errors import (
     CheckpointError,
-    EnvironmentProblem,
+    HostError,
     UnsupportedModelError,
     UsageError,
 )
@@ -88,17 +88,17 @@ def edit_gammas(folded: Path, out: Path, change: Callable[[torch.Tensor], torch.
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def compare(a: Path | str, b: Path | str, **options: Any) -> Report:
+def compare(a: Path | str, b: Path | str, **options: Any) -> DiffReport:
     options = {"outputs": True, "prompts": 2, "new_tokens": 8, **options}
-    return diff(str(a), str(b), Options(**options))
+    return diff(str(a), str(b), DiffOptions(**options))
 
 
-def compare_tiny(root: Path, a: str, b: str, **options: Any) -> Report:
+def compare_tiny(root: Path, a: str, b: str, **options: Any) -> DiffReport:
     """The same for two of `root`'s, over a text of a few windows."""
     return compare(root / a, root / b, **{"text": root / "text.txt", **options})
 
 
-def stats_of(report: Report) -> OutputStats:
+def stats_of(report: DiffReport) -> OutputStats:
     assert report.outputs is not None
     return report.outputs.stats
 
@@ -328,10 +328,10 @@ def test_the_noise_floor_is_a_against_itself(root: Path) -> None:
 
 
 def test_max_kl_decides_where_values_differ(root: Path) -> None:
-    allowed = Limits(max_ulp=1 << 15)
+    allowed = DiffLimits(max_ulp=1 << 15)
     measured = stats_of(compare_tiny(root, "model", "rounded")).mean_kl
     for factor, same in ((1.01, True), (0.99, False)):
-        limits = Limits(max_kl=factor * measured, max_ulp=allowed.max_ulp)
+        limits = DiffLimits(max_kl=factor * measured, max_ulp=allowed.max_ulp)
         assert compare_tiny(root, "model", "rounded", limits=limits).verdict.same is same
 
 
@@ -359,7 +359,7 @@ def test_reports_carry_the_outputs(root: Path, tmp_path: Path) -> None:
         assert "mean KL(A||B), nats" in page.replace("\\|", "|") and "NOISE FLOOR" in page
         assert "99.9 %" in page and "perplexity ratio B / A" in page
     pytest.importorskip("matplotlib")
-    from gemma_fold.diff.html import html
+    from gemma_fold.compare.report.html import html
 
     page = html(report)
     assert page.count("<svg") == 4 and "Greedy continuations" in page
@@ -444,7 +444,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(root: Path) -> None:
 
 def test_running_out_of_memory_is_one_line() -> None:
     with (
-        pytest.raises(EnvironmentProblem, match=r"out of memory on cpu while model was run; try"),
+        pytest.raises(HostError, match=r"out of memory on cpu while model was run; try"),
         explaining_memory("model", torch.device("cpu")),
     ):
         torch.empty(1 << 60)  # the allocator's own refusal
@@ -560,7 +560,7 @@ def test_servers_that_cannot_be_used_are_one_line(
     loaded: dict[str, Any], tokenizer: Any, short: Path, fault: dict[str, Any], message: str
 ) -> None:
     with LogprobServer(loaded["model"], tokenizer, **fault) as server:
-        with pytest.raises((EnvironmentProblem, UsageError), match=message) as caught:
+        with pytest.raises((HostError, UsageError), match=message) as caught:
             compare(server.url, server.url, text=short, timeout=0.5)
         assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
 
@@ -569,7 +569,7 @@ def test_servers_that_cannot_be_used_are_one_line(
 def test_transformers_own_server_tells_too_little(root: Path, tmp_path: Path) -> None:
     with (
         server(OURS, root / "folded", tmp_path / "log") as client,
-        pytest.raises(EnvironmentProblem, match=r"no log-probabilities|refused the request"),
+        pytest.raises(HostError, match=r"no log-probabilities|refused the request"),
     ):
         compare(str(client.base_url), str(client.base_url))
 

@@ -17,7 +17,7 @@ from families import FAMILIES, SURVEYED, build, fill, gains, model_class
 from plain_gamma import difference, load_plain, outputs, plain_semantics, read, unlock, write
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
 from gemma_fold.errors import NothingToFoldError
 from gemma_fold.rules import Classification, Kind, Verdict, classify
 

@@ -6,7 +6,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_fold.fold import count_rounded, decode, encode, find_exceptions, fold, unfold
+from gemma_fold.format.arithmetic import (
+    count_rounded,
+    decode,
+    encode,
+    find_exceptions,
+    fold,
+    unfold,
+)
 from gemma_fold.rules import Fold
 
 RMS = Fold(norm="rms_norm")

@@ -25,7 +25,7 @@ from gemma_fold.checkpoint.header import (
     read_header,
     render_header,
 )
-from gemma_fold.errors import CheckpointError, EnvironmentProblem
+from gemma_fold.errors import CheckpointError, HostError
 
 FUZZ = settings(derandomize=True, deadline=None, database=None, max_examples=400)
 ONE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
@@ -267,7 +267,7 @@ def test_missing_file_folder_and_unreadable(tmp_path: Path) -> None:
         read_header(tmp_path)
     loop = tmp_path / "loop.safetensors"
     loop.symlink_to(loop)
-    with pytest.raises(EnvironmentProblem, match="cannot be read"):
+    with pytest.raises(HostError, match="cannot be read"):
         read_header(loop)
 
 

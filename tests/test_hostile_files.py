@@ -16,9 +16,9 @@ from commands import run
 
 from gemma_fold.checkpoint.header import parse_header
 from gemma_fold.checkpoint.source import open_checkpoint, parse_json_object
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
 from gemma_fold.errors import CheckpointError
-from gemma_fold.manifest import Manifest, parse_manifest
+from gemma_fold.format.manifest import Manifest, parse_manifest
 from gemma_fold.rules import Verdict, classify
 
 NORM = "model.norm.weight"
@@ -328,7 +328,8 @@ LINEAR: dict[str, Callable[[int], Callable[[], object]]] = {
 
 
 @pytest.mark.parametrize("case", LINEAR)
-def test_twice_the_input_takes_about_twice_the_time(case: str) -> None:
-    prepare, n = LINEAR[case], 20_000
-    once, twice = seconds(prepare(n)), seconds(prepare(2 * n))
-    assert twice < 3.3 * once + 0.01, f"{once:.3f} s, then {twice:.3f} s"
+def test_time_grows_as_the_input_does(case: str) -> None:
+    """Quadratic work would take 64 times as long; a busy machine does not come near to that."""
+    prepare, n = LINEAR[case], 5_000
+    little, much = seconds(prepare(n)), seconds(prepare(8 * n))
+    assert much < 32 * max(little, 0.001), f"{little:.3f} s, then {much:.3f} s"

@@ -22,7 +22,7 @@ from gemma_fold.checkpoint.hub import (
     looks_like_hub_id,
     parse_hub_id,
 )
-from gemma_fold.errors import CheckpointError, EnvironmentProblem, GemmaFoldError, UsageError
+from gemma_fold.errors import CheckpointError, GemmaFoldError, HostError, UsageError
 
 CONFIG = {"model_type": "gemma3_text"}
 MIB = 2**20
@@ -293,7 +293,7 @@ def test_offline_a_downloaded_model_is_found_and_another_is_not(
     assert download("org/name") == first
     actions: list[Action] = [download, fetch_headers]
     for action in actions:
-        with pytest.raises(EnvironmentProblem) as error:
+        with pytest.raises(HostError) as error:
             action("org/other")
         assert "HF_HUB_OFFLINE is set" in message(error)
     assert len(hub.log) == requests
@@ -317,7 +317,7 @@ class TestRefusals:
 
     def test_gated(self, hub: HubServer, model: Path, action: Action) -> None:
         hub.add("org/gated", model, token="hf_other", gated=True)
-        with pytest.raises(EnvironmentProblem) as error:
+        with pytest.raises(HostError) as error:
             action("org/gated")
         assert f"gated; accept its terms at {hub.url}/org/gated" in message(error)
 
@@ -331,7 +331,7 @@ class TestRefusals:
     ) -> None:
         hub.url = "http://127.0.0.1:9"
         hub.use(monkeypatch, tmp_path)
-        with pytest.raises(EnvironmentProblem) as error:
+        with pytest.raises(HostError) as error:
             action("org/name")
         assert "http://127.0.0.1:9 cannot be reached" in message(error)
         assert "HF_ENDPOINT" in message(error)
@@ -350,7 +350,7 @@ def test_a_busy_hub_is_asked_again(hub: HubServer, model: Path) -> None:
 def test_a_forbidden_file(hub: HubServer, model: Path) -> None:
     hub.add("org/name", model)
     hub.faults.status = [403]
-    with pytest.raises(EnvironmentProblem) as error:
+    with pytest.raises(HostError) as error:
         fetch_headers("org/name")
     assert f"{hub.url} refused org/name" in message(error)
 
@@ -361,7 +361,7 @@ def test_a_server_that_sends_whole_files_is_not_listened_to(hub: HubServer, mode
     with open(big, "ab") as file:  # sparse, far beyond what sockets buffer
         file.truncate(2**26)
     hub.faults.ignore_range = True
-    with pytest.raises(EnvironmentProblem) as error:
+    with pytest.raises(HostError) as error:
         fetch_headers("org/name")
     assert "does not send parts of files" in message(error)
     assert hub.sent[f"org/name/{big.name}"] < 2**24
@@ -370,7 +370,7 @@ def test_a_server_that_sends_whole_files_is_not_listened_to(hub: HubServer, mode
 def test_a_connection_that_breaks_off(hub: HubServer, model: Path) -> None:
     hub.add("org/name", model)
     hub.faults.break_off = True
-    with pytest.raises(EnvironmentProblem) as error:
+    with pytest.raises(HostError) as error:
         fetch_headers("org/name")
     assert "the connection broke off" in message(error)
 
@@ -381,7 +381,7 @@ def test_a_cache_that_cannot_be_written(
     hub.add("org/name", model)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
-    with pytest.raises(EnvironmentProblem) as error:
+    with pytest.raises(HostError) as error:
         download("org/name")
     assert f"the Hub cache {tmp_path}/file/hub cannot be used" in message(error)
 

@@ -27,7 +27,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_ops.py with TRITON_INTERPRET=1", allow_module_level=True)
 
 from gemma_fold import ops
-from gemma_fold.kernels import launch, reference
+from gemma_fold.ops import launch, reference
 
 EPS = 1e-6
 LIMIT = {torch.bfloat16: 4.0, torch.float16: 1.0, torch.float32: 8.0}

@@ -11,11 +11,12 @@ import torch
 import transformers
 
 import gemma_fold
-import gemma_fold.runtime.transformers
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
+from gemma_fold.engines.transformers import install
 from gemma_fold.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+install()
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import transformers
 from torch import Tensor
 
 import gemma_fold
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
+from gemma_fold.engines.transformers.norms import FoldedNorm, gain_name
 from gemma_fold.rules import NORM_CLASSES
-from gemma_fold.runtime.norm import FoldedNorm, gain_name
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

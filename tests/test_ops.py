@@ -14,7 +14,7 @@ from norm_checks import check_in_place, exact_norm, gamma, rows
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.kernels import reference
+from gemma_fold.ops import reference
 
 EPS = 1e-6
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from checkpoints import read_tensors, tree
 
-from gemma_fold.convert import convert
-from gemma_fold.inspection import inspect
+from gemma_fold.commands.convert import convert
+from gemma_fold.commands.inspect import inspect
+from gemma_fold.commands.unfold import unfold
+from gemma_fold.commands.verify import verify
 from gemma_fold.rules import Kind
-from gemma_fold.unfold import unfold
-from gemma_fold.verify import verify
 
 pytestmark = pytest.mark.slow
 

@@ -21,15 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gemma_fold
-import gemma_fold.runtime.transformers
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
+from gemma_fold.commands.unfold import unfold
+from gemma_fold.commands.verify import verify
+from gemma_fold.engines.transformers import install
+from gemma_fold.engines.transformers import layers as sandwich
+from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import AlreadyFoldedError, CheckpointError, NothingToFoldError, UsageError
-from gemma_fold.runtime import sandwich
-from gemma_fold.runtime.norm import FoldedNorm
-from gemma_fold.unfold import unfold
-from gemma_fold.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+install()
 
 FAMILIES = ("gemma2", "gemma3_text", "qwen3_next")
 IDS = torch.randint(3, 88, (2, 9), generator=torch.Generator().manual_seed(0))

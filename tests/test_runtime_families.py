@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import gemma_fold
-from gemma_fold.convert import convert
-from gemma_fold.runtime.norm import FoldedNorm
+from gemma_fold.commands.convert import convert
+from gemma_fold.engines.transformers.norms import FoldedNorm
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -110,8 +110,8 @@ def test_a_gain_of_each_family_matters(family: str) -> None:
 
 @FAMILIES
 def test_a_saved_model_is_a_folded_checkpoint(family: str, tmp_path: Path) -> None:
-    from gemma_fold.unfold import unfold
-    from gemma_fold.verify import verify
+    from gemma_fold.commands.unfold import unfold
+    from gemma_fold.commands.verify import verify
 
     tiny.save(family, tmp_path / "source", torch.bfloat16)
     convert(tmp_path / "source", tmp_path / "folded")

@@ -15,13 +15,13 @@ import torch
 from local_server import free_port, running
 from test_runtime import tiny_tokenizer
 
-from gemma_fold.convert import convert
-from gemma_fold.errors import CheckpointError, EnvironmentProblem, UsageError
-from gemma_fold.runtime.serve import serve
+from gemma_fold.commands.convert import convert
+from gemma_fold.engines.serve import serve
+from gemma_fold.errors import CheckpointError, HostError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-OURS = "import sys; from gemma_fold.runtime.serve import serve; serve(sys.argv[1], port={port})"
+OURS = "import sys; from gemma_fold.engines.serve import serve; serve(sys.argv[1], port={port})"
 PLAIN = (
     "import sys, typer; from transformers.cli.serve import Serve; app = typer.Typer(); "
     "app.command()(Serve); app([sys.argv[1], '--host', '127.0.0.1', '--port', '{port}'])"
@@ -72,9 +72,9 @@ def test_the_same_greedy_text_as_the_original(source: Path, folded: Path, tmp_pa
 
 
 def test_other_engines_say_that_they_cannot(folded: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match="SGLang is not installed; install it"):
+    with pytest.raises(HostError, match="SGLang is not installed; install it"):
         serve(folded, "sglang", port=free_port())
-    with pytest.raises(EnvironmentProblem, match=r"vLLM is not installed; .* pip install vllm"):
+    with pytest.raises(HostError, match=r"vLLM is not installed; .* pip install vllm"):
         serve(folded, "vllm", port=free_port())
     with pytest.raises(UsageError, match="no engine ollama"):
         serve(folded, "ollama")
@@ -92,7 +92,7 @@ def test_a_port_in_use_is_noticed_first(folded: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(EnvironmentProblem, match=f"cannot listen on 127.0.0.1:{port}"):
+        with pytest.raises(HostError, match=f"cannot listen on 127.0.0.1:{port}"):
             serve(folded, port=port)
 
 

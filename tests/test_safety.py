@@ -14,13 +14,13 @@ from checkpoints import gemma3_tensors, tree, write_checkpoint
 from commands import run
 
 from gemma_fold.checkpoint.folder import open_folder
+from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.checkpoint.rename import exchange, rename_new
 from gemma_fold.checkpoint.staging import work_folder
-from gemma_fold.convert import convert
-from gemma_fold.errors import CheckpointError, EnvironmentProblem, UsageError
-from gemma_fold.progress import Progress
-from gemma_fold.unfold import unfold
-from gemma_fold.verify import verify
+from gemma_fold.commands.convert import convert
+from gemma_fold.commands.unfold import unfold
+from gemma_fold.commands.verify import verify
+from gemma_fold.errors import CheckpointError, HostError, UsageError
 
 OPTIONS = [[], ["--resume"], ["--restart"], ["--force"], ["--force", "--resume"]]
 
@@ -104,7 +104,7 @@ def test_link_planted_where_a_folder_is_to_be_made(tmp_path: Path) -> None:
     work = interrupted(source, tmp_path / "out")
     (work / "new/2_Dense").rmdir()
     (work / "new/2_Dense").symlink_to(elsewhere)
-    with pytest.raises(EnvironmentProblem, match="cannot write"):
+    with pytest.raises(HostError, match="cannot write"):
         convert(source, tmp_path / "out", resume=True)
     assert not any(elsewhere.iterdir())
 
@@ -133,7 +133,7 @@ def test_output_that_appears_meanwhile_stays(command: str, tmp_path: Path) -> No
     convert(source, tmp_path / "folded")
     action = convert if command == "convert" else unfold
     given = source if command == "convert" else tmp_path / "folded"
-    with pytest.raises(EnvironmentProblem, match="appeared while this run was writing"):
+    with pytest.raises(HostError, match="appeared while this run was writing"):
         action(given, out, progress=AtFile(2, appear))
     assert (out / "thesis.txt").read_text() == "years of work" and len(list(out.iterdir())) == 1
     out.rename(tmp_path / "moved")
@@ -387,7 +387,7 @@ def test_failing_disk_between_the_two_renames_puts_out_back(
             raise OSError(5, "Input/output error")
         rename_new(*given)  # type: ignore[arg-type]
 
-    with monkeypatch.context() as patch, pytest.raises(EnvironmentProblem, match="--resume"):
+    with monkeypatch.context() as patch, pytest.raises(HostError, match="--resume"):
         patch.setattr("gemma_fold.checkpoint.staging.exchange", lambda *given: False)
         patch.setattr("gemma_fold.checkpoint.staging.rename_new", second_fails)
         convert(source, out, force=True)

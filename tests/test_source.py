@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_fold.runtime.source import bare_targets, statements_digest
+from gemma_fold.engines.known_code import bare_targets, statements_digest
 
 PYTHON_3_10 = """\
 (hidden, _) = self.attention(hidden)

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

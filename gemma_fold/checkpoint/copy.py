@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from gemma_fold.checkpoint.layout import Run
-from gemma_fold.errors import CheckpointError, EnvironmentProblem, GemmaFoldError
+from gemma_fold.errors import CheckpointError, GemmaFoldError, HostError
 
 STEP = 64 * 2**20
 """Bytes per system call: how often progress is reported and Ctrl-C is heard."""
@@ -132,7 +132,7 @@ class Copier:
 
         Raises:
             CheckpointError: the source ends before the range does.
-            EnvironmentProblem: no space left, or another failure to read or write.
+            HostError: no space left, or another failure to read or write.
             ValueError: `dst` is in append mode, where offsets are ignored.
         """
         if fcntl.fcntl(dst, fcntl.F_GETFL) & os.O_APPEND:
@@ -314,11 +314,11 @@ def _file_system(device: int) -> str:
 
 def _explain(error: OSError, span: _Span, done: int) -> GemmaFoldError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return EnvironmentProblem(
+        return HostError(
             f"{_name(span.dst)}: no space left with {span.length - done} bytes of this part to "
             "write; free some space, or write to another disk"
         )
-    return EnvironmentProblem(
+    return HostError(
         f"cannot copy {_name(span.src)} to {_name(span.dst)} ({error.strerror}); check both disks"
     )
 

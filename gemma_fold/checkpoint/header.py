@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from gemma_fold.checkpoint.fields import first_repeated
 from gemma_fold.checkpoint.names import shown
-from gemma_fold.errors import CheckpointError, EnvironmentProblem
+from gemma_fold.errors import CheckpointError, HostError
 
 MAX_HEADER_SIZE = 100_000_000
 """Bytes; the safetensors library refuses larger headers."""
@@ -127,7 +127,7 @@ def read_header(path: Path) -> Header:
 
     Raises:
         CheckpointError: the file is missing, or not a valid safetensors file.
-        EnvironmentProblem: the file exists but the system does not let us read it.
+        HostError: the file exists but the system does not let us read it.
     """
     try:
         # Without waiting: a named pipe would keep us until someone writes into it.
@@ -142,7 +142,7 @@ def read_header(path: Path) -> Header:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; fetch it, or correct the path") from None
     except OSError as error:
-        raise EnvironmentProblem(
+        raise HostError(
             f"{path}: cannot be read ({error.strerror}); check its permissions and the disk"
         ) from None
     return parse_header(raw, data_size=info.st_size - 8 - len(raw), where=str(path))

@@ -17,7 +17,7 @@ from typing import Any
 from gemma_fold.checkpoint.header import Header, header_length, parse_header
 from gemma_fold.checkpoint.names import check_name, shown
 from gemma_fold.checkpoint.source import CONFIG, INDEX_SUFFIX, parse_json_object
-from gemma_fold.errors import CheckpointError, EnvironmentProblem, GemmaFoldError, UsageError
+from gemma_fold.errors import CheckpointError, GemmaFoldError, HostError, UsageError, first_line
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[^\s@]+))?")
@@ -85,7 +85,7 @@ def fetch_headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint
 
     Raises:
         CheckpointError: no such model or revision, or its files are damaged or incomplete.
-        EnvironmentProblem: the Hub cannot be reached, or does not let us in.
+        HostError: the Hub cannot be reached, or does not let us in.
     """
     with _explained(repo_id, revision):
         from concurrent.futures import ThreadPoolExecutor
@@ -121,7 +121,7 @@ def download(repo_id: str, revision: str | None = None) -> tuple[Path, str]:
 
     Raises:
         CheckpointError: no such model or revision.
-        EnvironmentProblem: the Hub cannot be reached and the model is not in the cache, or the
+        HostError: the Hub cannot be reached and the model is not in the cache, or the
             cache cannot be written.
     """
     with _explained(repo_id, revision):
@@ -199,14 +199,14 @@ class _Remote:
             hf_raise_for_status(response)
             complete = (begin, end) == (0, self.files[name])
             if response.status_code != 206 and not complete:
-                raise EnvironmentProblem(
+                raise HostError(
                     f"{self.where(name)}: the server does not send parts of files; "
                     "download the model and give its folder"
                 )
             with _broken_off(self.where(name)):
                 content: bytes = response.read()
         if len(content) != end - begin:
-            raise EnvironmentProblem(
+            raise HostError(
                 f"{self.where(name)}: asked for {end - begin} bytes, got {len(content)}; try again"
             )
         return content
@@ -251,8 +251,8 @@ def _broken_off(where: str) -> Iterator[None]:
     except Exception as error:
         if not _is_network_error(error):
             raise
-        raise EnvironmentProblem(
-            f"{where}: the connection broke off ({_first_line(error)}); try again"
+        raise HostError(
+            f"{where}: the connection broke off ({first_line(error)}); try again"
         ) from None
 
 
@@ -278,7 +278,7 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> GemmaFoldE
     if isinstance(cause, errors.HFValidationError):
         return UsageError(f"{repo_id!r} is not a Hub id; write org/name or org/name@revision")
     if isinstance(cause, errors.GatedRepoError):
-        return EnvironmentProblem(
+        return HostError(
             f"{repo_id} is gated; accept its terms at {place}/{repo_id}, then `hf auth login`"
         )
     if isinstance(cause, errors.RevisionNotFoundError):
@@ -291,43 +291,36 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> GemmaFoldE
             "check the spelling, or `hf auth login` if it is private"
         )
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        return EnvironmentProblem(
+        return HostError(
             f"{repo_id} is not in the cache and HF_HUB_OFFLINE is set; unset it, or give a folder"
         )
     if isinstance(cause, errors.HfHubHTTPError):
-        return EnvironmentProblem(
-            f"{place} refused {repo_id} ({_first_line(cause)}); check the token, or try later"
+        return HostError(
+            f"{place} refused {repo_id} ({first_line(cause)}); check the token, or try later"
         )
     if cause is None or _is_network_error(cause):
-        return EnvironmentProblem(
-            f"{place} cannot be reached for {repo_id} ({_first_line(cause or error)}); "
+        return HostError(
+            f"{place} cannot be reached for {repo_id} ({first_line(cause or error)}); "
             "check the connection and HF_ENDPOINT, or give a folder"
         )
     if isinstance(cause, ValueError) and "filename" in str(cause):
         # The library refuses to write outside of its cache before anything of that file is fetched.
         return CheckpointError(
-            f"{repo_id} points outside the folder: {_first_line(cause)[:200]} "
-            "Do not trust this checkpoint"
+            f"{repo_id} points outside the folder: {first_line(cause)} Do not trust this checkpoint"
         )
     if isinstance(cause, OSError):
         return _explain_disk(cause, constants.HF_HUB_CACHE)
     return None
 
 
-def _explain_disk(error: OSError, cache: str) -> EnvironmentProblem:
+def _explain_disk(error: OSError, cache: str) -> HostError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = "free some space, or set HF_HUB_CACHE to another disk"
     else:
         advice = "check its permissions, or set HF_HUB_CACHE to a folder you may write"
-    return EnvironmentProblem(
-        f"the Hub cache {cache} cannot be used ({_first_line(error)}); {advice}"
-    )
+    return HostError(f"the Hub cache {cache} cannot be used ({first_line(error)}); {advice}")
 
 
 def _is_network_error(error: BaseException) -> bool:
     # By module, since the library has changed its HTTP client more than once.
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,7 +21,6 @@ from gemma_fold.checkpoint.names import check_top_name, shown, unsafe_reason
 from gemma_fold.errors import CheckpointError
 
 CONFIG = "config.json"
-MANIFEST = "gemma_fold.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 #: Bookkeeping of version control and of downloads: true of the source folder only.

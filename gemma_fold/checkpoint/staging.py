@@ -35,7 +35,7 @@ from gemma_fold.checkpoint.journal import (
 )
 from gemma_fold.checkpoint.rename import exchange, rename_new
 from gemma_fold.checkpoint.source import FileState
-from gemma_fold.errors import EnvironmentProblem, GemmaFoldError, UsageError
+from gemma_fold.errors import HostError, UsageError
 
 _NEW, _OLD = "new", "old"
 _LONGEST = 200  # bytes of OUT's name that fit into ours; file systems allow 255
@@ -57,7 +57,7 @@ def settle(out: Path) -> str | None:
         The plan of that run where its result now stands at `out`, else None.
 
     Raises:
-        EnvironmentProblem: another process is writing, or the disk is in the way.
+        HostError: another process is writing, or the disk is in the way.
         UsageError: something that is not ours has the work folder's name.
     """
     path = work_folder(out)
@@ -92,7 +92,7 @@ class _Place:
             if self.work.status(_OLD) is None:
                 return False  # nothing has moved yet
             if out is not None:
-                raise EnvironmentProblem(
+                raise HostError(
                     f"{self.out} appeared while it was being replaced; the finished run is "
                     f"{self.work.path / _NEW}, the folder it replaces {self.work.path / _OLD}: "
                     "move those you need elsewhere"
@@ -108,7 +108,7 @@ class _Place:
             try:
                 rename_new(self.work, _NEW, self.parent, name)
             except FileExistsError:
-                raise EnvironmentProblem(
+                raise HostError(
                     f"{self.out} appeared while this run was writing, and was not touched; "
                     f"the finished run is kept in {self.work.path}: move {self.out} elsewhere, "
                     "then run again with --resume"
@@ -249,7 +249,7 @@ def open_staging(
 
     Raises:
         UsageError: an interrupted run, or something that is not ours, is in the way.
-        EnvironmentProblem: too little space, or the folder cannot be written or is being written
+        HostError: too little space, or the folder cannot be written or is being written
             by another process.
     """
     path = work_folder(out)
@@ -266,7 +266,7 @@ def open_staging(
                     staging.publish(replaced)
                 finally:
                     staging.close()
-            except (OSError, EnvironmentProblem, KeyboardInterrupt):
+            except (OSError, HostError, KeyboardInterrupt):
                 raise  # kept for `resume`
             except BaseException:
                 remove_work_folder(parent, work)
@@ -292,7 +292,7 @@ def _admit(place: _Place, plan: str, size: int, *, resume: bool, restart: bool) 
             f"{work.path} was not made by gemma-fold, and was not touched; move it elsewhere"
         )
     if work.status(_OLD) is not None:
-        raise EnvironmentProblem(f"{work.path / _OLD} is what {place.out} was; run once more")
+        raise HostError(f"{work.path / _OLD} is what {place.out} was; run once more")
     if entries is not None and not restart:
         if not resume:
             raise UsageError(
@@ -309,7 +309,7 @@ def _admit(place: _Place, plan: str, size: int, *, resume: bool, restart: bool) 
         entries = None
     try:
         _check_space(work, size)
-    except EnvironmentProblem:
+    except HostError:
         if entries is None:
             remove_work_folder(place.parent, work)
         raise
@@ -326,12 +326,12 @@ def _begin(place: _Place, plan: str, entries: Entries | None) -> Staging:
 
 
 def _check_space(work: Folder, size: int) -> None:
-    """EnvironmentProblem unless what is still to be written fits beside what is there."""
+    """HostError unless what is still to be written fits beside what is there."""
     status = os.fstatvfs(work.descriptor)
     free = status.f_bavail * status.f_frsize
     needed = size - (_allocated(work, _NEW) if work.status(_NEW) else 0)
     if free < needed:
-        raise EnvironmentProblem(
+        raise HostError(
             f"not enough space for {work.path}: {needed:,} bytes needed, {free:,} free; "
             "free some or choose another disk"
         )
@@ -365,9 +365,7 @@ def _locked(parent: Folder, path: Path) -> Iterator[Folder]:
                 raise BlockingIOError
             yield Folder(work.descriptor, path)
     except BlockingIOError:
-        raise EnvironmentProblem(
-            f"another process is writing {path}; wait for it to finish"
-        ) from None
+        raise HostError(f"another process is writing {path}; wait for it to finish") from None
 
 
 @contextmanager
@@ -389,8 +387,6 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, GemmaFoldError):
-            raise
         advice = {
             errno.ENOSPC: "free some space, then run again with --resume",
             errno.EDQUOT: "free some of your quota, then run again with --resume",
@@ -400,4 +396,4 @@ def _explained(path: Path) -> Iterator[None]:
             errno.ELOOP: "something not made by gemma-fold has this name: move it elsewhere",
             errno.ENOTDIR: "something not made by gemma-fold has this name: move it elsewhere",
         }.get(error.errno or 0, "check the disk, then run again with --resume")
-        raise EnvironmentProblem(f"cannot write {path}: {error.strerror}; {advice}") from error
+        raise HostError(f"cannot write {path}: {error.strerror}; {advice}") from error

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gemma_fold.format.names import MODEL_TYPE
 from gemma_fold.rules.layers import INDEX, Layers
 from gemma_fold.rules.model import Classification, Kind, TensorRule, Verdict, shorten
 from gemma_fold.rules.row import Family, Norm, expand, lookup
 from gemma_fold.rules.tree import Node, Refused, build_tree, choose_layout, identify, templates
-
-FOLDED_MODEL_TYPE = "gemma_fold"
 
 _NORM_LIKE = re.compile(r"norm|(?<![^._])ln(?=[._\d])|gamma", re.IGNORECASE)
 _NOT_A_GAIN = re.compile(r"(?:^|[._])(?:bias|beta|running_mean|running_var|num_batches_tracked)$")
@@ -53,7 +52,7 @@ def classify(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     for name in shapes:
         names.setdefault(INDEX.sub("{i}", name), []).append(name)
     try:
-        if FOLDED_MODEL_TYPE in (model_type, *config):
+        if MODEL_TYPE in (model_type, *config):
             raise _Folded("config.json says so")
         nodes = build_tree(config, model_type)
         found = _Found()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -121,7 +121,7 @@ class Classification:
             )
 
 
-def shorten(names: tuple[str, ...], limit: int = 3) -> str:
+def shorten(names: Sequence[str], limit: int = 3) -> str:
     """`a, b, c and 5 more`."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -10,7 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
 
 _GEMMA = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 _QWEN = {"full_attention_interval": 2}

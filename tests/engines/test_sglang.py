@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
 from gemma_fold.errors import (
     CheckpointError,
-    EnvironmentProblem,
+    HostError,
     UnsupportedModelError,
     UsageError,
 )
@@ -213,7 +213,7 @@ def test_native_folds_an_original_as_it_loads(checkpoints: Checkpoints, sglang: 
 
 
 def test_a_mode_that_there_is_not(checkpoints: Checkpoints, sglang: Any) -> None:
-    with sglang.mode("fast"), pytest.raises(UsageError, match="GEMMA_FOLD=fast"):
+    with sglang.mode("fast"), pytest.raises(UsageError, match="invalid GEMMA_FOLD='fast'"):
         sglang.Loaded(checkpoints.original("gemma2"))
 
 
@@ -238,7 +238,7 @@ def test_gammas_without_the_tensor_lock_are_refused(
 
 
 def test_a_version_of_sglang_that_lacks_a_hook(sglang: Any) -> None:
-    from gemma_fold.runtime.sglang import plugin
+    from gemma_fold.engines.sglang import plugin
 
     hook = plugin._HOOKS[0]
     for target, parameters in (
@@ -246,5 +246,5 @@ def test_a_version_of_sglang_that_lacks_a_hook(sglang: Any) -> None:
         ("sglang.srt.no_such_module.function", ()),
         (plugin._HOOKS[1].target, ("no_such_parameter",)),
     ):
-        with pytest.raises(EnvironmentProblem, match=r"cannot attach to SGLang 0\.5\.21"):
+        with pytest.raises(HostError, match=r"cannot attach to SGLang 0\.5\.21"):
             plugin._check(plugin.Hook(target, hook.function, hook.kind, parameters))

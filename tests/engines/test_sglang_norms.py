@@ -55,7 +55,7 @@ def flashinfer(sglang: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlashIn
     from sglang.srt.layers import flashinfer_comm_fusion as fusion
     from sglang.srt.layers import layernorm
 
-    from gemma_fold.runtime.sglang import all_reduce
+    from gemma_fold.engines.sglang import all_reduce
 
     # SGLang registers its function for CUDA alone; called past the operator, it runs here.
     name = "flashinfer_allreduce_residual_rmsnorm"
@@ -94,8 +94,8 @@ def norm_with(weight: torch.Tensor, prepare: Callable[[Any], None]) -> Any:
 
 
 def adopted(norm: Any) -> None:
-    from gemma_fold.runtime.sglang.all_reduce import StockNorm
-    from gemma_fold.runtime.sglang.norms import adopt
+    from gemma_fold.engines.sglang.all_reduce import StockNorm
+    from gemma_fold.engines.sglang.norms import adopt
 
     adopt(norm, StockNorm)
 
@@ -217,7 +217,7 @@ def test_a_split_prefill_keeps_what_it_always_kept(sglang: Any, checkpoints: Che
 def test_a_layer_that_is_not_known_keeps_its_norms_apart(
     sglang: Any, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gemma_fold.runtime.sglang import sandwich
+    from gemma_fold.engines.sglang import layers as sandwich
 
     monkeypatch.setitem(sandwich._KNOWN, "Gemma3DecoderLayer", {"forward": "another"})
     with sglang.mode("native"):
@@ -247,7 +247,7 @@ def test_native_norms_trace_without_a_graph_break(
 
 def test_heads_keep_their_layout(sglang: Any) -> None:
     """Attention code turns transposed heads back and expects them to be dense."""
-    from gemma_fold.runtime.sglang.native import rms_norm
+    from gemma_fold.engines.sglang.native import rms_norm
 
     packed = torch.randn(5, 64).bfloat16()
     heads = packed[:, :32].unflatten(-1, (4, 8)).transpose(0, 1).unsqueeze(0)

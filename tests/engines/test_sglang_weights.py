@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
 from gemma_fold.errors import CheckpointError
 
 if importlib.util.find_spec("sglang") is None:
@@ -325,8 +325,8 @@ def test_the_gain_stays_on_the_device_when_the_weight_is_offloaded(sglang: Any) 
     """The meta device stands for the GPU here; SGLang's own loader of 0.5.21 stops at two."""
     from sglang.srt.layers.layernorm import Gemma3RMSNorm, GemmaRMSNorm
 
-    from gemma_fold.runtime.sglang.all_reduce import StockNorm
-    from gemma_fold.runtime.sglang.norms import adopt
+    from gemma_fold.engines.sglang.all_reduce import StockNorm
+    from gemma_fold.engines.sglang.norms import adopt
 
     weight = torch.randn(8)
     for kind in (GemmaRMSNorm, Gemma3RMSNorm):

@@ -24,7 +24,7 @@ import vllm_models
 from local_server import free_port, running
 from safetensors.torch import load_file, save_file
 
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -215,7 +215,7 @@ def refusals(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("unlocked", r"without the tensor lock.*without --no-tensor-lock"),
         ("stray_raw", r"1 of 13 norms in .* are not folded.*fold the original again"),
         ("stray_gamma", r"does not load the folded Qwen3_5ForCausalLM.*serve the original"),
-        ("mode", r"GEMMA_FOLD=fast is no mode; use native or stock"),
+        ("mode", r"invalid GEMMA_FOLD='fast': expected 'native' or 'stock'"),
     ],
 )
 def test_a_wrong_checkpoint_is_refused_with_what_to_do(
@@ -317,7 +317,9 @@ def folded_270m(real_270m: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def report(text: Path, *arguments: str | Path) -> Any:
     """What `gemma-fold diff --json` finds of two sides that are the same, over a short text."""
-    text.write_text(files("gemma_fold.diff").joinpath("text.txt").read_text("utf-8")[:1500])
+    text.write_text(
+        files("gemma_fold.compare.outputs").joinpath("text.txt").read_text("utf-8")[:1500]
+    )
     options = ("--text", text, "--new-tokens", "16", "--json")
     done = subprocess.run(
         command("diff", *arguments, *options),

@@ -134,7 +134,7 @@ def write_seeds() -> None:
     sys.path.insert(0, str(HERE.parent))
     from checkpoints import write_checkpoint
 
-    from gemma_fold.convert import convert
+    from gemma_fold.commands.convert import convert
     from tests.fuzz.targets import seeds
 
     with tempfile.TemporaryDirectory() as scratch:

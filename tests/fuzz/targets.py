@@ -23,13 +23,13 @@ from safetensors import SafetensorError, deserialize
 from gemma_fold.checkpoint.fields import parse_json_object
 from gemma_fold.checkpoint.header import parse_header
 from gemma_fold.checkpoint.source import check_config, index_map
-from gemma_fold.convert import convert
+from gemma_fold.commands.convert import convert
+from gemma_fold.commands.inspect import inspect
+from gemma_fold.commands.unfold import unfold
+from gemma_fold.commands.verify import verify
 from gemma_fold.errors import GemmaFoldError
-from gemma_fold.inspection import inspect
-from gemma_fold.manifest import parse_manifest
+from gemma_fold.format.manifest import parse_manifest
 from gemma_fold.rules import classify
-from gemma_fold.unfold import unfold
-from gemma_fold.verify import verify
 
 # Of one execution: far above what any takes, far below what quadratic work would.
 SECONDS, SECONDS_PER_BYTE = 2.0, 50e-6

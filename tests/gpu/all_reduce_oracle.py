@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gemma_fold.kernels.all_reduce import tuning
-from gemma_fold.kernels.all_reduce.reference import rank_ordered_sum
+from gemma_fold.ops.collectives import tuning
+from gemma_fold.ops.collectives.reference import rank_ordered_sum
 
 
 def _butterfly(values: Tensor) -> Tensor:

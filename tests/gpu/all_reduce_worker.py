@@ -27,7 +27,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gemma_fold import ops  # noqa: E402
-from gemma_fold.kernels import reference  # noqa: E402
+from gemma_fold.ops import reference  # noqa: E402
 
 POST_EPS, PRE_EPS = 1e-6, 1e-5
 QUICK = (640, 5376)

@@ -8,7 +8,7 @@ from norm_checks import check_in_place, exact_norm, gamma, rows, ulps
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.kernels import reference
+from gemma_fold.ops import reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)

@@ -8,7 +8,7 @@ from norm_checks import exact_norm, exact_rope, fused_qkv, gamma, pair_sizes, ro
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.kernels import reference
+from gemma_fold.ops import reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)

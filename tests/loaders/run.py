@@ -119,7 +119,7 @@ def checkpoints(folder: Path) -> tuple[Path, Path, Path]:
     import tiny
     import torch
 
-    from gemma_fold.convert import convert
+    from gemma_fold.commands.convert import convert
 
     original = tiny.save("gemma3_text", folder / "original", torch.bfloat16)
     convert(original, folder / "folded")

@@ -1,0 +1,150 @@
+"""What the commands print for people, and the one progress bar."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gemma_fold.checkpoint.progress import Progress
+from gemma_fold.text import human_size, table
+
+if TYPE_CHECKING:
+    from gemma_fold.commands.convert import ConversionReport
+    from gemma_fold.commands.inspect import Group, Inspection
+    from gemma_fold.commands.verify import VerifyReport
+
+_NORM_NAMES = {
+    "rms_norm": "RMSNorm",
+    "layer_norm": "LayerNorm",
+    "grouped_rms_norm": "grouped RMSNorm",
+}
+
+
+def inspection(found: Inspection) -> str:
+    """What `inspect` prints."""
+    verdict = found.classification
+    where = f"{found.source} at commit {found.commit}" if found.commit else found.source
+    lines = [
+        f"{where}: {verdict.model_type}",
+        f"{found.tensors:,} tensors in {found.files} file{'s'[: found.files != 1]}, "
+        f"{human_size(found.size)}",
+        "",
+    ]
+    if found.norms:
+        read = found.bf16_changes is not None
+        header = ["TENSORS", "COUNT", "SHAPE", "DTYPE", "MEANING"]
+        rows = [_group_row(group) for group in found.norms]
+        if read:
+            header.append("BF16 GAMMA WOULD CHANGE")
+            rows = [[*row, _changes(g)] for row, g in zip(rows, found.norms, strict=True)]
+        lines += [table(header, rows), ""]
+    lines += _footnotes(found)
+    lines.append(f"verdict: {_verdict(found)}")
+    return "\n".join(lines)
+
+
+def _verdict(found: Inspection) -> str:
+    verdict = found.classification
+    if found.incomplete:
+        return f"incomplete: {len(verdict.missing)} norms that config.json calls for are missing"
+    return f"{verdict.verdict.value}: {verdict.reason}"
+
+
+def _group_row(group: Group) -> list[str]:
+    shapes = ", ".join(str(list(shape)) for shape in list(group.shapes)[:3])
+    if len(group.shapes) > 3:
+        shapes += ", ..."
+    return [group.pattern, str(group.count), shapes, "/".join(group.dtypes), _meaning(group)]
+
+
+def _meaning(group: Group) -> str:
+    if group.fold is not None:
+        norm = _NORM_NAMES[group.fold.norm]
+        offset = f"{group.fold.offset:.6g}"
+        added = "" if group.fold.add_dtype == "float32" else f", added in {group.fold.add_dtype}"
+        return f"zero-centred: {norm} gain {offset} + w{added}"
+    if group.kind is None:
+        return f"UNCLASSIFIED: {group.note}"
+    return group.kind.value + (f": {group.note}" if group.note else "")
+
+
+def _changes(group: Group) -> str:
+    if group.bf16_changes is None:
+        return ""
+    return f"{group.bf16_changes:,} of {group.elements:,}"
+
+
+def _footnotes(found: Inspection) -> list[str]:
+    lines = []
+    if found.bf16_changes is not None:
+        elements = sum(g.elements for g in found.norms if g.bf16_changes is not None)
+        share = found.bf16_changes / elements if elements else 0.0
+        lines.append(
+            f"a bf16 gamma would change {found.bf16_changes:,} of {elements:,} norm weights "
+            f"({share:.1%}); float32 changes none"
+        )
+    evidence = {g.evidence: g.family for g in found.norms if g.evidence is not None}
+    lines += [f"rule {family}: {e.how}, {e.source}" for e, family in evidence.items()]
+    lines += [f"note: {note}" for note in found.classification.notes]
+    lines += [f"missing: {name}" for name in found.classification.missing[:10]]
+    return [*lines, ""] if lines else []
+
+
+def conversion(report: ConversionReport, *, verb: str) -> str:
+    """What `convert` and `unfold` print when they are done."""
+    lines = [f"warning: {warning}" for warning in report.warnings]
+    lines.append(
+        f"{verb} {report.tensors} norms ({report.elements:,} weights) of {report.model_type} "
+        f"into {report.out}: {report.files} files, {human_size(report.size)}"
+    )
+    return "\n".join(lines)
+
+
+def verification(report: VerifyReport) -> str:
+    """What `verify` prints."""
+    lines = [f"note: {note}" for note in report.notes]
+    lines += [f"FAILED {problem}" for problem in report.problems[:20]]
+    if len(report.problems) > 20:
+        lines.append(f"... and {len(report.problems) - 20} more")
+    if report.ok:
+        rest = ""
+        if report.bytes_compared:
+            rest = f"; {human_size(report.bytes_compared)} compared equal with the source"
+        elif report.bytes_proven:
+            rest = f"; {human_size(report.bytes_proven)} have the digests taken at conversion"
+        lines.append(f"ok: format, locks, manifest and {report.tensors} gammas{rest}")
+    return "\n".join(lines)
+
+
+class ProgressBar(Progress):
+    """A bar with bytes and the current file on stderr; nothing where stderr is no terminal."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._total = ""
+        self._files = 0
+        self._file = ""
+        self._bar: Any = None
+
+    def start(self, total_bytes: int, files: int) -> None:
+        self._total, self._files = human_size(total_bytes), files
+        self._bar = click.progressbar(
+            length=total_bytes,
+            label=self._label,
+            file=sys.stderr,
+            item_show_func=lambda item: item,
+            hidden=not sys.stderr.isatty(),
+        ).__enter__()
+
+    def file(self, name: str, number: int) -> None:
+        self._file = f"{number}/{self._files} {name}"
+        self.advance(0)
+
+    def advance(self, n_bytes: int) -> None:
+        done = human_size(self._bar.pos + n_bytes)
+        self._bar.update(n_bytes, f"{done} of {self._total}  {self._file}")
+
+    def finish(self) -> None:
+        self._bar.__exit__(None, None, None)

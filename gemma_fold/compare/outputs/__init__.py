@@ -1,0 +1,1 @@
+"""Outputs: who is asked (transformers, vLLM, a server), and the statistics of what they answer."""

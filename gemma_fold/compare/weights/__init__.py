@@ -1,0 +1,1 @@
+"""Weights: bytes, and the arithmetic of norms."""

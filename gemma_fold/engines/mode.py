@@ -1,0 +1,40 @@
+"""GEMMA_FOLD: which kernels the norms of an inference engine run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Literal
+
+from gemma_fold.errors import UsageError
+
+VARIABLE = "GEMMA_FOLD"
+
+#: native: gemma-fold's operators on fp32 gamma. stock: the engine's own norms, with w = gamma - 1.
+Mode = Literal["native", "stock"]
+
+
+def requested_mode() -> Mode | None:
+    """The mode that GEMMA_FOLD asks for; None where it is unset or empty.
+
+    Raises:
+        UsageError: it has another value.
+    """
+    value = requested(VARIABLE, ("native", "stock"))
+    return None if value is None else "native" if value == "native" else "stock"
+
+
+def requested(variable: str, choices: Iterable[str]) -> str | None:
+    """The value of an environment variable, without blanks and in lower case; None if empty.
+
+    Raises:
+        UsageError: it is none of `choices`.
+    """
+    given = os.environ.get(variable, "")
+    value = given.strip().lower()
+    if not value:
+        return None
+    if value not in choices:
+        *rest, last = map(repr, choices)
+        raise UsageError(f"invalid {variable}={given!r}: expected {', '.join(rest)} or {last}")
+    return value

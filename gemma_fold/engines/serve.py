@@ -1,0 +1,128 @@
+"""`gemma-fold serve`: an engine's own server that knows folded checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gemma_fold.checkpoint.locate import fetch
+from gemma_fold.errors import GemmaFoldError, HostError, UsageError
+from gemma_fold.format.reader import open_folded
+
+ENGINES = ("auto", "vllm", "sglang", "transformers")
+LOCALHOST = "127.0.0.1"
+
+
+def serve(
+    checkpoint: str | os.PathLike[str],
+    engine: str = "auto",
+    host: str = LOCALHOST,
+    port: int = 8000,
+    engine_args: Sequence[str] = (),
+) -> None:
+    """Check a folded checkpoint, then serve it over an OpenAI-compatible API until interrupted.
+
+    `checkpoint` is a folder or a Hub id (`org/name[@revision]`), which is downloaded. `engine` is
+    one of ENGINES; "auto" is the first of them that is installed. `engine_args` go to the engine's
+    server as they are.
+
+    Raises:
+        UsageError: an engine or argument there is not.
+        CheckpointError: not a folded checkpoint, of a later format, or damaged.
+        HostError: the engine is not installed, or the port is taken.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"there is no engine {engine}; choose from {', '.join(ENGINES)}")
+    engine = _installed() if engine == "auto" else engine
+    folder = fetch(checkpoint)[0]
+    open_folded(folder)
+    _check_port(host, port)
+    _SERVERS[engine](folder, host, port, engine_args)
+
+
+def _installed() -> str:
+    """The first engine that is installed; transformers, which says what to do, where none is."""
+    return next((name for name in _SERVERS if importlib.util.find_spec(name)), "transformers")
+
+
+def _check_port(host: str, port: int) -> None:
+    """HostError where nothing can listen there, before a large model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HostError(
+            f"cannot listen on {host}:{port}: {reason}; choose another --host or --port"
+        ) from error
+
+
+def _serve_vllm(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
+    from gemma_fold.engines.vllm.server import serve
+
+    serve(folder, host, port, arguments)
+
+
+def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
+    missing = [n for n in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(n) is None]
+    if importlib.util.find_spec("transformers") is None or missing:
+        raise HostError(
+            "the transformers server is not installed; install it with: "
+            "pip install 'gemma-fold[transformers,serve]'"
+        )
+    import typer
+    from transformers.cli.serve import Serve
+
+    from gemma_fold.engines.transformers import install
+
+    install()
+    # Its whole command line would import commands with dependencies that serving does not have.
+    app = typer.Typer(add_completion=False)
+    app.command(name="serve")(Serve)
+    command = [str(folder), "--host", host, "--port", str(port), *arguments]
+    try:
+        app(command, standalone_mode=False)
+    except KeyboardInterrupt:
+        return  # how a server is stopped
+    except GemmaFoldError:
+        raise
+    except Exception as error:
+        # The command line library of transformers reports wrong arguments this way.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        raise UsageError(f"transformers serve: {message()}") from error
+
+
+def _serve_sglang(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
+    if importlib.util.find_spec("sglang") is None:
+        raise HostError("SGLang is not installed; install it beside gemma-fold, in one environment")
+    plugins = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]
+    if any(plugins) and "gemma_fold" not in plugins:
+        raise UsageError("SGLANG_PLUGINS leaves out gemma_fold; add it, or unset that variable")
+    command = ["--model-path", str(folder), "--host", host, "--port", str(port), *arguments]
+    before, sys.argv = sys.argv, ["sglang.launch_server", *command]
+    try:
+        # As the main module: the processes that it starts import it again.
+        runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        return  # how a server is stopped
+    finally:
+        sys.argv = before
+
+
+#: By engine, in the order in which "auto" looks for them.
+_SERVERS: dict[str, Callable[[Path, str, int, Sequence[str]], None]] = {
+    "vllm": _serve_vllm,
+    "sglang": _serve_sglang,
+    "transformers": _serve_transformers,
+}

@@ -1,0 +1,214 @@
+"""Gemma 2 and 3 with their sandwich norms fused.
+
+These layers norm the output of a block, add it to the residual stream and norm the sum: two norms
+and an add that :func:`gemma_fold.ops.rms_norm_add_rms_norm` makes one operator, and with tensor
+parallelism the all-reduce of the block's output before them. The layers' code stays: a pair of norm
+modules is linked, the first hands its input through, and the second does the work of both.
+
+That is right only where nothing reads what is handed through, so a layer or model is only touched
+where its methods are, statement for statement, those that were read.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from gemma_fold import ops
+from gemma_fold.engines.known_code import statements_digest
+from gemma_fold.engines.sglang.native import NativeNorm, all_reduce_workspace, rms_norm, takes
+from gemma_fold.engines.sglang.norms import derive
+
+_MODELS = {"Gemma2Model": "Gemma2DecoderLayer", "Gemma3TextModel": "Gemma3DecoderLayer"}
+#: Every method of these classes by the sha256 of its statements, in SGLang 0.5.17 to 0.5.21.
+_KNOWN = {
+    "Gemma2Model": {"forward": "53e3d06d41215d96a64ae2e58d466b404e66459afffbc48993086116924d3021"},
+    "Gemma2DecoderLayer": {
+        "forward": "b485fed61c7e10051cec19048240101f4d29cd608873de6da5a706c57be7abff"
+    },
+    "Gemma2Attention": {
+        "forward": "18eda2bfd0435a3489e7c6922d7ddb075edc621ea12a45b58bc9efbec87e56b2"
+    },
+    "Gemma2MLP": {"forward": "83cf913241cbd00c8d9884472a7728fb0f126bcfaf0786c3e1d471fc79326de0"},
+    "Gemma3TextModel": {
+        "forward": "87bbab9f01558b2005609eff017153bea7cbb841feef71eb51f64c13fc57bd7f"
+    },
+    "Gemma3DecoderLayer": {
+        "forward": "6159830b30d734330700a911f13a8055c0786b76f8417dadaf8231cddc2a8f62"
+    },
+    "Gemma3Attention": {
+        "forward": "7ff418f9368ecd62c2c5924d14eede9713dd7e326645e4d2c6dd87b68562d805",
+        "forward_native": "3e26553febdee5e0c880946266c7052c8db6a15ef96647dab3fc0ad288ac11c1",
+        "forward_cpu": "1d372760112481a365118d67fc023e148e4a8f325d27630603dec69e94dda268",
+    },
+    "Gemma3MLP": {"forward": "83cf913241cbd00c8d9884472a7728fb0f126bcfaf0786c3e1d471fc79326de0"},
+}
+
+
+class Link:
+    """What the pairs of a model have in common.
+
+    Attributes:
+        workspace: name of the all-reduce workspace if the first norms' inputs are one rank's part
+            of a sum, else None.
+        split: whether the model is running a few layers at a time.
+    """
+
+    def __init__(self, model: nn.Module, workspace: str | None) -> None:
+        self._model = (model,)  # in a tuple, so that no module registers it as a child
+        self.workspace = workspace
+        self.split = False
+
+    @property
+    def open(self) -> bool:
+        """Whether the first norms hand through.
+
+        They do not where what they return is read: between two parts of a split forward, and by a
+        draft model, whose layers SGLang sets after loading.
+        """
+        return not (self.split or getattr(self._model[0], "layers_to_capture", None))
+
+
+class PostNorm(NativeNorm):
+    """The first norm of a pair."""
+
+    link: Link
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        post_residual_addition: Tensor | None = None,
+    ) -> Any:
+        """``x``: [tokens, H], summed or not. Returns it as it is, or normed where that is read."""
+        if self.link.open and takes(x, None):
+            return x
+        return super().forward(self.completed(x), residual, post_residual_addition)
+
+    def completed(self, x: Tensor) -> Tensor:
+        """``x`` summed over the ranks."""
+        return x if self.link.workspace is None else ops.all_reduce(x, self.link.workspace)
+
+
+class PreNorm(NativeNorm):
+    """The second norm of a pair.
+
+    Attributes:
+        post: the first, in a tuple.
+    """
+
+    post: tuple[PostNorm]
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        post_residual_addition: Tensor | None = None,
+    ) -> Any:
+        """``x``: what the first norm returned; ``residual``: [tokens, H]."""
+        (post,) = self.post
+        link = post.link
+        if not link.open or not takes(x, None):
+            return super().forward(x, residual, post_residual_addition)
+        if residual is None or not takes(x, residual):
+            normed = rms_norm(post.completed(x), post.gamma32, post.epsilon)
+            return super().forward(normed, residual, post_residual_addition)
+        if post_residual_addition is not None:
+            residual = residual + post_residual_addition
+        gains = (post.gamma32, self.gamma32)
+        if link.workspace is None:
+            return ops.rms_norm_add_rms_norm(x, residual, *gains, post.epsilon, self.epsilon)
+        return ops.all_reduce_rms_norm_add_rms_norm(
+            x, residual, *gains, link.workspace, post.epsilon, self.epsilon
+        )
+
+
+def pair_norms(model: nn.Module) -> int:
+    """Link the sandwich norms of every known Gemma 2 or 3 in `model`; returns the pairs.
+
+    Collective with tensor parallelism: every rank builds the same models in the same order.
+    """
+    modules = list(model.modules())
+    pairs = 0
+    for text in modules:
+        layer_class = _MODELS.get(type(text).__name__)
+        if layer_class is None or not _is_known(text):
+            continue
+        norms = _sandwiches(text, layer_class)
+        if norms:
+            link = Link(text, _defer_all_reduce(text))
+            _link(norms, link)
+            for owner in modules:
+                if getattr(owner, "model", None) is text:
+                    _close_while_split(owner, link)
+        pairs += len(norms)
+    return pairs
+
+
+def _sandwiches(text: Any, layer_class: str) -> list[tuple[Any, Any]]:
+    layers = list(text.layers)
+    if not layers or not all(type(x).__name__ == layer_class and _is_known(x) for x in layers):
+        return []
+    norms = [(layer.post_attention_layernorm, layer.pre_feedforward_layernorm) for layer in layers]
+    norms += [(a.post_feedforward_layernorm, b.input_layernorm) for a, b in pairwise(layers)]
+    norms.append((layers[-1].post_feedforward_layernorm, text.norm))
+    native = all(type(norm).__mro__[1] is NativeNorm for pair in norms for norm in pair)
+    return norms if native else []
+
+
+def _link(norms: list[tuple[Any, Any]], link: Link) -> None:
+    for post, pre in norms:
+        post.__class__ = derive(PostNorm, type(post).__mro__[2])
+        pre.__class__ = derive(PreNorm, type(pre).__mro__[2])
+        post.link = link
+        pre.__dict__["post"] = (post,)
+
+
+def _defer_all_reduce(text: Any) -> str | None:
+    """Leave the sums of the layers' last projections to the norms; None where there are none."""
+    blocks = [block for layer in text.layers for block in (layer.self_attn, layer.mlp)]
+    projections = [
+        block.o_proj if hasattr(block, "o_proj") else block.down_proj for block in blocks
+    ]
+    ready = all(x.tp_size > 1 and x.reduce_results for x in projections)
+    if not ready or not all(map(_is_known, blocks)):
+        return None
+    norm = text.norm
+    hidden, dtype = norm.weight.shape[0], norm.weight.dtype
+    workspace = all_reduce_workspace(hidden, dtype, norm.gamma32.device)
+    if workspace is not None:
+        for projection in projections:
+            projection.reduce_results = False
+    return workspace
+
+
+def _close_while_split(owner: Any, link: Link) -> None:
+    """SGLang's split prefill keeps what a layer returns, so that must be what it always was."""
+    forward = getattr(owner, "forward_split_prefill", None)
+    if forward is None:
+        return
+
+    @wraps(forward)
+    def forward_closed(*args: Any, **kwargs: Any) -> Any:
+        link.split = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            link.split = False
+
+    owner.__dict__["forward_split_prefill"] = forward_closed
+
+
+def _is_known(module: nn.Module) -> bool:
+    cls = type(module)
+    known = _KNOWN.get(cls.__name__)
+    return (
+        known is not None
+        and cls.__module__.startswith("sglang.srt.models.gemma")
+        and all(
+            statements_digest(cls.__dict__.get(name)) == digest for name, digest in known.items()
+        )
+    )

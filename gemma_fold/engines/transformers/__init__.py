@@ -1,0 +1,37 @@
+"""Hugging Face transformers loads, runs and saves folded checkpoints.
+
+    install()              everything in transformers takes folded checkpoints from then on
+    load(path_or_hub_id)   a folded checkpoint as a transformers model; installs
+    fold_model(model)      the same for a model already in memory; installs
+    unfold_model(model)    and back
+
+Importing this package changes nothing in transformers, and does not import it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma_fold.engines.transformers.models import fold_model, unfold_model
+    from gemma_fold.engines.transformers.plugin import install, load
+
+_HOME = {
+    "fold_model": "gemma_fold.engines.transformers.models",
+    "install": "gemma_fold.engines.transformers.plugin",
+    "load": "gemma_fold.engines.transformers.plugin",
+    "unfold_model": "gemma_fold.engines.transformers.models",
+}
+
+__all__ = ["fold_model", "install", "load", "unfold_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

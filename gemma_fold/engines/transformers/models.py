@@ -1,0 +1,101 @@
+"""Fold and unfold a model that is already in memory."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from gemma_fold.engines.transformers.layers import fuse_layers, split_layers
+from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.errors import AlreadyFoldedError, NothingToFoldError, UnsupportedModelError
+from gemma_fold.rules import NORM_CLASSES, Fold
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fold_model(model: Model) -> Model:
+    """Fold every zero-centred norm of `model` in place, and return it.
+
+    `model` is a transformers model with its weights loaded. Each norm weight w becomes an fp32
+    parameter gamma = 1 + w of shape [H, 1] (or the family's own offset), and the layers that have
+    fused kernels use them. The outputs keep their bits on CPU.
+
+    Raises:
+        AlreadyFoldedError: it was folded before.
+        NothingToFoldError: it has no zero-centred norm.
+        UnsupportedModelError: a norm cannot be replaced, for instance in an offloaded model.
+    """
+    found = zero_centred_norms(model)
+    if not found:
+        if any(isinstance(module, FoldedNorm) for module in model.modules()):
+            raise AlreadyFoldedError("the model is folded already; use it as it is")
+        raise NothingToFoldError(
+            f"{type(model).__name__} has no zero-centred norm, so there is nothing to fold"
+        )
+    from gemma_fold.engines.transformers import install
+
+    install()  # it must also save itself as folded
+    adopt_norms(model)
+    return model
+
+
+def unfold_model(model: Model) -> Model:
+    """Undo :func:`fold_model`, in place: w = gamma - 1 in the dtype of the other weights.
+
+    The outputs keep their bits. A w so small that 1 + w was rounded comes back as the value that
+    folds to the same gamma; for a checkpoint's own bytes use `gemma-fold unfold` on its folder.
+
+    Raises UnsupportedModelError where the model is not folded, or is offloaded.
+    """
+    norms = [module for module in model.modules() if isinstance(module, FoldedNorm)]
+    if not norms:
+        raise UnsupportedModelError(f"{type(model).__name__} is not folded; there is nothing to do")
+    if any("forward" in norm.__dict__ or norm.gain.is_meta for norm in norms):
+        raise UnsupportedModelError(
+            "the model is offloaded, so its norms are not all in memory; load it without device_map"
+        )
+    split_layers(model)
+    dtype = weights_dtype(model)
+    for norm in norms:
+        norm.restore(dtype)
+    return model
+
+
+def zero_centred_norms(model: nn.Module) -> list[tuple[nn.Module, Fold]]:
+    """The zero-centred norms of `model` that are not folded yet, with their arithmetic."""
+    found = []
+    for module in model.modules():
+        fold = _fold_of(module)
+        if fold is not None:
+            found.append((module, fold))
+    return found
+
+
+def adopt_norms(model: nn.Module, *, locked: bool = True) -> list[FoldedNorm]:
+    """Fold the norms that :func:`zero_centred_norms` finds, and fuse the layers that can be."""
+    norms = [FoldedNorm.adopt(m, fold, locked=locked) for m, fold in zero_centred_norms(model)]
+    fuse_layers(model)
+    return norms
+
+
+def weights_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the first floating-point parameter that is not a folded gain."""
+    gains = {id(m.gain) for m in model.modules() if isinstance(m, FoldedNorm)}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in gains:
+            return parameter.dtype
+    return torch.float32
+
+
+def _fold_of(module: nn.Module) -> Fold | None:
+    cls = type(module)
+    # A class of the same name elsewhere may well store plain gamma.
+    if not cls.__module__.startswith("transformers."):
+        return None
+    fold = NORM_CLASSES.get(cls.__name__)
+    # The one class that can be told not to add: gamma + float(unit_offset).
+    if fold is None or getattr(module, "unit_offset", fold.offset) != fold.offset:
+        return None
+    return fold

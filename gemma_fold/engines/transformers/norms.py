@@ -1,0 +1,196 @@
+"""The one folded norm module: an fp32 gain that survives whatever users do to models.
+
+A zero-centred norm becomes a :class:`FoldedNorm` in place: the module object stays, so hooks,
+eps and every reference to it stay too; its class and its parameter change. The parameter keeps its
+name and has shape [H, 1], as on disk. That is the tensor lock: in a state dict, [H, 1] is a gamma
+and [H] a raw w, and neither can be loaded as the other by accident.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemma_fold import ops
+from gemma_fold.engines import arithmetic
+from gemma_fold.engines.transformers.hooks import Watched
+from gemma_fold.errors import UnsupportedModelError
+from gemma_fold.ops import checks, reference
+from gemma_fold.rules import Fold
+
+#: Names a zero-centred norm gives its gain.
+_GAIN_NAMES = ("weight", "gamma")
+
+
+class FoldedNorm(Watched):
+    """A norm with folded fp32 gain; made by :meth:`adopt`, never constructed.
+
+    Attributes:
+        origin: the class this module had before, which :meth:`restore` gives back.
+        fold: the arithmetic of its family.
+        gain_name: its parameter, fp32 [H, 1] (or [H] while an unlocked checkpoint loads).
+        epsilon: added to the mean square or the variance.
+        group: columns normed together, or None for all of them.
+        is_rms: whether it is an RMSNorm of whole rows that adds in fp32, as nearly all are.
+    """
+
+    origin: type[nn.Module]
+    fold: Fold
+    gain_name: str
+    epsilon: float
+    group: int | None
+    is_rms: bool
+    bias: Tensor | None
+
+    @staticmethod
+    def adopt(module: nn.Module, fold: Fold, *, locked: bool = True) -> FoldedNorm:
+        """Turn the zero-centred norm `module` into a folded one, in place; returns it.
+
+        A weight on the meta device gives a gamma on the meta device, to be loaded: [H, 1] where
+        `locked`, else [H]. Raises UnsupportedModelError for a norm that cannot be folded here.
+        """
+        name = gain_name(module)
+        weight = module._parameters[name]
+        assert weight is not None
+        sharded = hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
+        if sharded or "forward" in module.__dict__:
+            raise UnsupportedModelError(
+                f"a {type(module).__name__} was sharded or wrapped, as FSDP, DeepSpeed, offloading "
+                "and tensor parallelism do; fold the model before that, or load a folded "
+                "checkpoint without tp_plan"
+            )
+        shape = (*weight.shape, 1) if locked else weight.shape
+        if weight.is_meta:
+            gamma = torch.empty(shape, dtype=torch.float32, device="meta")
+        else:
+            with torch.no_grad():
+                gamma = arithmetic.fold(weight, fold.offset).reshape(shape)
+        module.__dict__.update(
+            origin=type(module),
+            fold=fold,
+            gain_name=name,
+            epsilon=_epsilon(module),
+            group=getattr(module, "group_size", None),
+        )
+        # One attribute for forward to ask: under torch.compile each is a guard.
+        module.__dict__["is_rms"] = (
+            fold.norm == "rms_norm"
+            and fold.add_dtype == "float32"
+            and module.__dict__["group"] is None
+        )
+        module._parameters[name] = nn.Parameter(gamma, requires_grad=weight.requires_grad)
+        module.__class__ = FoldedNorm
+        assert isinstance(module, FoldedNorm)
+        module.watch()
+        return module
+
+    def restore(self, dtype: torch.dtype) -> nn.Module:
+        """Undo :meth:`adopt`: the original class, with w = gamma - offset in `dtype`."""
+        parameter = self.gain
+        with torch.no_grad():
+            weight = arithmetic.unfold(parameter, self.fold.offset, dtype).reshape(-1)
+        self._parameters[self.gain_name] = nn.Parameter(
+            weight, requires_grad=parameter.requires_grad
+        )
+        origin = self.origin
+        for name in ("origin", "fold", "gain_name", "epsilon", "group", "is_rms", "plain"):
+            delattr(self, name)
+        self.__class__ = origin  # type: ignore[assignment]
+        return self
+
+    @property
+    def gain(self) -> nn.Parameter:
+        """The parameter itself: fp32 [H, 1]."""
+        parameter = self._parameters[self.gain_name]
+        assert parameter is not None
+        return parameter
+
+    def lock(self) -> None:
+        """Give a gamma loaded as [H] its [H, 1] shape."""
+        old = self.gain
+        gamma = old.detach().reshape(-1, 1)
+        self._parameters[self.gain_name] = nn.Parameter(gamma, requires_grad=old.requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: [..., H]. Returns the norm in the dtype of `x`."""
+        gamma = self._parameters[self.gain_name].view(-1)  # type: ignore[union-attr]
+        if self.is_rms:
+            return self._rms_norm(x, gamma)
+        if self.fold.norm == "layer_norm":
+            if self.fold.mul_dtype == "storage":
+                return arithmetic.layer_norm_then_scale(x, gamma, self.epsilon)
+            return arithmetic.layer_norm(x, gamma, self._parameters.get("bias"), self.epsilon)
+        if self.fold.add_dtype == "storage":
+            gamma = gamma.to(x.dtype).float()
+        if self.group is not None:
+            return arithmetic.grouped_rms_norm(x, gamma, self.group, self.epsilon)
+        return self._rms_norm(x, gamma)
+
+    def _rms_norm(self, x: Tensor, gamma: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            # A compiler fuses what it can see with its neighbours, rotary embedding for one.
+            return reference.rms_norm(x, gamma, self.epsilon)
+        if x.dtype not in checks.ACTIVATION_DTYPES or x.shape[-1] > checks.MAX_HIDDEN:
+            return reference.rms_norm(x, gamma, self.epsilon)
+        return ops.rms_norm(x, gamma, self.epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{self.gain.shape[0]}, eps={self.epsilon}, folded from {self.origin.__name__}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedNorm:
+        # .to(dtype), .half() and the like end here. A 16-bit gamma is not the model's gain any
+        # more, so gamma follows the device and keeps its dtype.
+        gain = self.gain
+        kept = (gain, gain.grad)
+
+        def apply(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if out.dtype == tensor.dtype or not any(tensor is one for one in kept):
+                return out
+            return tensor.to(out.device)
+
+        return super()._apply(apply, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A raw w, from an original checkpoint, a trainer or an adapter: shape [H] says so.
+        key = prefix + self.gain_name
+        weight = state_dict.get(key)
+        if isinstance(weight, Tensor) and weight.dim() == 1:
+            state_dict = {**state_dict, key: arithmetic.fold(weight, self.fold.offset)[:, None]}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "transformers" in sys.modules:  # an unpickled model must save itself as format 1
+            from gemma_fold.engines.transformers import install
+
+            install()
+
+
+def gain_name(module: nn.Module) -> str:
+    """The name of a zero-centred norm's gain. Raises UnsupportedModelError where it has none."""
+    for name in _GAIN_NAMES:
+        if module._parameters.get(name) is not None:
+            return name
+    raise UnsupportedModelError(
+        f"a {type(module).__name__} has neither a weight nor a gamma; "
+        "this version of the model is not supported"
+    )
+
+
+def _epsilon(module: nn.Module) -> float:
+    for holder in (module, getattr(module, "ln", None)):
+        for name in ("eps", "variance_epsilon"):
+            value = getattr(holder, name, None)
+            if isinstance(value, float):
+                return value
+    raise UnsupportedModelError(
+        f"a {type(module).__name__} has no eps where one is expected; "
+        "this version of the model is not supported"
+    )

@@ -1,0 +1,123 @@
+"""Weight loaders that tell a gamma, `[H, 1]`, from a raw w, `[H]`, and never add or subtract twice.
+
+vLLM calls the `weight_loader` of a parameter on the first load, on reloads and on live updates, and
+copies it to the parameters that it builds for a reload. Each loader here makes exactly one copy of
+the parameter's own shape, as vLLM's accounting of reloads and its sparse updates require.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from gemma_fold.engines import arithmetic
+from gemma_fold.errors import CheckpointError
+from gemma_fold.rules import NORM_CLASSES
+
+Loader = Callable[[Tensor, Tensor], None]
+
+#: Norms of vLLM that add to their weight on every forward, by class name; the offset, or the
+#: attribute that holds it.
+_CLASSES: dict[str, float | str] = {
+    "GemmaRMSNorm": 1.0,
+    "GroupedGemmaRMSNorm": 1.0,
+    "MiniMAXGemmaRMSNorm": 1.0,
+    "NemotronLayerNorm1P": 1.0,
+    "MuseGlimmerRMSNorm": "weight_offset",
+}
+
+
+class Tally:
+    """How many zero-centred norms a model has, and what they took while it was loaded."""
+
+    def __init__(self) -> None:
+        self.native = 0
+        self.stock = 0
+        self.gammas = 0
+        self.raw = 0
+
+    @property
+    def norms(self) -> int:
+        return self.native + self.stock
+
+    def add(self, param: Tensor, gamma: bool) -> None:
+        if param.is_meta:
+            return  # vLLM counts elements first
+        if gamma:
+            self.gammas += 1
+        else:
+            self.raw += 1
+
+
+def zero_centred_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, float]]:
+    """Every norm of `model` that adds to its weight: name, module, the weight, what it adds."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.dim() != 1:  # [H, 1] is a gamma already
+            continue
+        offset = _offset(module)
+        if offset:
+            yield name, module, weight, offset
+
+
+def _offset(module: nn.Module) -> float:
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("transformers."):  # vLLM can run a model of transformers
+            fold = NORM_CLASSES.get(cls.__name__)
+            if fold is not None:
+                return fold.offset
+        if cls.__module__.startswith("vllm.") and cls.__name__ in _CLASSES:
+            offset = _CLASSES[cls.__name__]
+            return float(getattr(module, offset, 0.0) if isinstance(offset, str) else offset)
+    return 0.0
+
+
+def stock_loader(offset: float, tally: Tally | None) -> Loader:
+    """For a parameter that holds w: a gamma is unfolded into it."""
+
+    def load_zero_centred_weight(param: Tensor, loaded_weight: Tensor) -> None:
+        gamma = _is_gamma(param, loaded_weight)
+        if gamma:
+            weight = arithmetic.unfold(loaded_weight.view(-1), offset, param.dtype)
+        else:
+            weight = loaded_weight
+        if tally is not None:
+            tally.add(param, gamma)
+        _copy(param, weight)
+
+    return load_zero_centred_weight
+
+
+def gamma_loader(tally: Tally | None) -> Loader:
+    """For a parameter that holds gamma, fp32 [H, 1]: a raw w is folded into it."""
+
+    def load_gamma(param: Tensor, loaded_weight: Tensor) -> None:
+        gamma = _is_gamma(param, loaded_weight)
+        weight = loaded_weight if gamma else arithmetic.fold(loaded_weight, 1.0)[:, None]
+        if tally is not None:
+            tally.add(param, gamma)
+        _copy(param, weight)
+
+    return load_gamma
+
+
+def _is_gamma(param: Tensor, loaded: Tensor) -> bool:
+    if loaded.dim() == 1:
+        return False
+    if loaded.shape == (param.shape[0], 1) and loaded.dtype == torch.float32:
+        return True
+    raise CheckpointError(
+        f"a norm of width {param.shape[0]} was given {loaded.dtype} {list(loaded.shape)}; "
+        "it takes its raw weight [H], or its gamma as float32 [H, 1]"
+    )
+
+
+def _copy(param: Tensor, weight: Tensor) -> None:
+    if param.shape != weight.shape:
+        raise CheckpointError(
+            f"a norm of width {param.shape[0]} was given {list(weight.shape)}; "
+            "the weights belong to another model"
+        )
+    param.data.copy_(weight)

@@ -1,0 +1,38 @@
+"""Plain text for people: tables, sizes, and what a terminal may be given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL_IN_LINE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def printable(text: str, encoding: str = "utf-8", *, one_line: bool = False) -> str:
+    """`text` as the terminal can show it; whatever it cannot, or must not act on, is escaped.
+
+    Names from files may hold control characters, and paths bytes that are no text at all.
+    """
+    control = _CONTROL if one_line else _CONTROL_IN_LINE
+    escaped = control.sub(lambda found: repr(found[0])[1:-1], text)
+    return escaped.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
+
+
+def human_size(size: float) -> str:
+    """Bytes in powers of 1000, as disks and file managers count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns padded to their widest cell, two spaces apart."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
