@@ -82,7 +82,7 @@ def inspect(source: str, as_json: bool) -> None:
 @click.option(
     "--no-digest",
     is_flag=True,
-    help="Take no sha256 of the files, so that a reflinked copy reads only the norms. "
+    help="Take no digests of the files, so that a reflinked copy reads only the norms. "
     "verify and unfold can then check the norms alone.",
 )
 @click.option(

@@ -64,7 +64,7 @@ def test_the_folder_target_reaches_the_end(monkeypatch: pytest.MonkeyPatch) -> N
     for path in (path for path in INPUTS if path.parent.name == "folder"):
         targets.folder(path.read_bytes())
     assert done.count("VerifyReport") == 1 and done.count("Inspection") == 2
-    assert done.count("Report") == 2, done  # one folder is unfolded, the other one folded
+    assert done.count("ConversionReport") == 2, done  # one folder is unfolded, the other one folded
 
 
 def test_the_folder_target_notices_a_write_outside(

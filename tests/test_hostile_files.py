@@ -112,9 +112,9 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "dtype of another": (tensor("dtype", "F16"), "is F16 .*but the header"),
     "norm": (tensor("norm", ["rms_norm"]), "invalid norm of tensor"),
     "add_dtype": (tensor("add_dtype", "float16"), "invalid add_dtype"),
-    "sha256 short": (tensor("sha256", "ab"), "invalid sha256 of tensor.*64 hexadecimal"),
-    "sha256 no hex": (tensor("sha256", "g" * 64), "64 hexadecimal"),
-    "sha256 with a line": (tensor("sha256", "a" * 64 + "\n"), "64 hexadecimal"),
+    "blake3 short": (tensor("blake3", "ab"), "invalid blake3 of tensor.*64 hexadecimal"),
+    "blake3 no hex": (tensor("blake3", "g" * 64), "64 hexadecimal"),
+    "blake3 with a line": (tensor("blake3", "a" * 64 + "\n"), "64 hexadecimal"),
     "non_finite": (tensor("non_finite", 25), "invalid non_finite"),
     "file of a tensor": (tensor("file", "/etc/passwd"), "points outside the folder"),
     "other file": (tensor("file", "tokenizer.json"), "but the header of 'tokenizer.json'"),
@@ -328,7 +328,8 @@ LINEAR: dict[str, Callable[[int], Callable[[], object]]] = {
 
 
 @pytest.mark.parametrize("case", LINEAR)
-def test_twice_the_input_takes_about_twice_the_time(case: str) -> None:
-    prepare, n = LINEAR[case], 20_000
-    once, twice = seconds(prepare(n)), seconds(prepare(2 * n))
-    assert twice < 3.3 * once + 0.01, f"{once:.3f} s, then {twice:.3f} s"
+def test_time_grows_as_the_input_does(case: str) -> None:
+    """Quadratic work would take 64 times as long; a busy machine does not come near to that."""
+    prepare, n = LINEAR[case], 5_000
+    little, much = seconds(prepare(n)), seconds(prepare(8 * n))
+    assert much < 32 * max(little, 0.001), f"{little:.3f} s, then {much:.3f} s"

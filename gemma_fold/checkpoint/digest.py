@@ -1,18 +1,21 @@
-"""sha256 of files and of tensors in them, taken on a thread of its own beside a copy.
+"""BLAKE3 of files and of tensors in them, taken on a thread of its own beside a copy.
 
 A rewritten weight file is known by the digest of each tensor rather than of the file: the same
 digests then prove the source's bytes, the folded checkpoint's and those that `unfold` writes.
+
+BLAKE3 keeps up with a copy on one core, where sha256 takes three times as long.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from blake3 import blake3
 
 from gemma_fold.checkpoint.header import Header
 from gemma_fold.errors import CheckpointError
@@ -45,13 +48,18 @@ def tensor_parts(header: Header, left_out: Iterable[str] = ()) -> tuple[Part, ..
     return tuple(sorted(parts, key=lambda part: part.offset))
 
 
+def digest_text(raw: bytes) -> str:
+    """BLAKE3 of bytes in memory, in hexadecimal."""
+    return blake3(raw).hexdigest()
+
+
 def digest_parts(
     descriptor: int,
     parts: Iterable[Part],
     advance: Callable[[int], None] = lambda count: None,
     stopped: threading.Event | None = None,
 ) -> dict[str, str]:
-    """sha256 of each part, in hexadecimal, by its name.
+    """BLAKE3 of each part, in hexadecimal, by its name.
 
     Args:
         descriptor: open for reading; its position is left alone.
@@ -65,7 +73,7 @@ def digest_parts(
     """
     digests = {}
     for part in parts:
-        digest, done = hashlib.sha256(), 0
+        digest, done = blake3(), 0
         while done < part.length and not (stopped and stopped.is_set()):
             data = os.pread(descriptor, min(_BUFFER, part.length - done), part.offset + done)
             if not data:

@@ -22,7 +22,7 @@ MAX_SIZE = 2**63 - 1
 """Bytes; no file can be larger."""
 
 _MAX_DIGITS = 400  # of an integer; more take long to convert, and mean nothing
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class _Refused(ValueError):
@@ -135,16 +135,16 @@ class Fields:
         """A finite number that a float32 can come near to."""
         return self._expect(key, "a number", _number)
 
-    def sha256s(self, key: str) -> dict[str, str]:
-        """A map of names to sha256s."""
+    def digests(self, key: str) -> dict[str, str]:
+        """A map of names to digests."""
         digests = self.map(key)
-        return {name: digests.sha256(name) for name in digests._value}
+        return {name: digests.digest(name) for name in digests._value}
 
-    def sha256(self, key: str) -> str:
-        """A sha256 in lower-case hexadecimal."""
+    def digest(self, key: str) -> str:
+        """A digest of 256 bits in lower-case hexadecimal."""
         expected = "64 hexadecimal digits"
         return self._expect(
-            key, expected, lambda v: v if isinstance(v, str) and _SHA256.fullmatch(v) else None
+            key, expected, lambda v: v if isinstance(v, str) and _DIGEST.fullmatch(v) else None
         )
 
     def base64(self, key: str) -> bytes:

@@ -21,7 +21,7 @@ class Transfer:
     """Moves files from one folder into a staging folder and reports progress.
 
     Attributes:
-        digests: sha256 of the source's bytes, by file and the names of its parts; empty without a
+        digests: BLAKE3 of the source's bytes, by file and the names of its parts; empty without a
             digester.
     """
 

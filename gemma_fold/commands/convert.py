@@ -71,7 +71,7 @@ def convert(
         restart: discard an interrupted run and begin anew.
         force: replace `out` where it is a folded checkpoint that `convert` made, and holds nothing
             else; it stays in place until the new one is complete. An interrupted run is discarded.
-        digest: take the sha256 of every byte, for `verify` and `unfold`. Without, a reflinked copy
+        digest: take a digest of every byte, for `verify` and `unfold`. Without, a reflinked copy
             reads nothing but the norms.
         dry_run: check everything, write nothing.
         progress: receives events.

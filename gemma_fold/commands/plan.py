@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma_fold.checkpoint.copy import hole_bytes
-from gemma_fold.checkpoint.digest import tensor_parts, whole
+from gemma_fold.checkpoint.digest import digest_text, tensor_parts, whole
 from gemma_fold.checkpoint.header import TensorEntry
 from gemma_fold.checkpoint.hub import cached_sha256
 from gemma_fold.checkpoint.layout import Layout, replace_tensors
@@ -80,8 +80,7 @@ class Plan:
             }
             for item in self.weights
         }
-        known = {name: self.manifest.files[name].sha256 for name in self.checkpoint.others}
-        return digests | {name: {"": sha256 or _NO_DIGEST} for name, sha256 in known.items()}
+        return digests | {name: {"": _NO_DIGEST} for name in self.checkpoint.others}
 
     def digest(self, *, digests_taken: bool) -> str:
         """Changes whenever anything about the source, the result or this version changes."""
@@ -100,23 +99,17 @@ class Plan:
             found = read_manifest(folder)
         except CheckpointError:
             return False
-        files = {
-            name: replace(
-                file, folded_header=None, tensors=None, sha256=self._known_sha256(name, file)
-            )
-            for name, file in found.files.items()
-        }
+        files = {name: self._undigested(name, file) for name, file in found.files.items()}
         return replace(found, files=files) == self.manifest
 
-    def _known_sha256(self, name: str, found: SourceFile) -> str | None:
+    def _undigested(self, name: str, found: SourceFile) -> SourceFile:
+        """A file's entry without what only copying it tells."""
         planned = self.manifest.files.get(name)
-        return found.sha256 if planned is None else planned.sha256
+        known = found.blake3 if planned is None else planned.blake3
+        return replace(found, folded_header=None, tensors=None, blake3=known)
 
     def proven_manifest(self, digests: Mapping[str, Mapping[str, str]]) -> Manifest:
-        """The manifest with the digests that were taken, by file and part.
-
-        Raises CheckpointError where a file is not what the Hub's cache says it is.
-        """
+        """The manifest with the digests that were taken, by file and part."""
         files = dict(self.manifest.files)
         layouts = {item.file.name: item.layout for item in self.weights}
         for name, parts in digests.items():
@@ -124,16 +117,9 @@ class Plan:
             layout = layouts.get(name)
             if layout is not None:
                 header = len(layout.header).to_bytes(8, "little") + layout.header
-                files[name] = replace(
-                    file, folded_header=hashlib.sha256(header).hexdigest(), tensors=parts
-                )
-                continue
-            if parts[""] != _NO_DIGEST and file.sha256 not in (None, parts[""]):
-                raise CheckpointError(
-                    f"{self.checkpoint.root / name} is not what was downloaded: its sha256 is "
-                    f"{parts['']}, not {file.sha256}; delete it and download it again"
-                )
-            files[name] = replace(file, sha256=parts[""])
+                files[name] = replace(file, folded_header=digest_text(header), tensors=parts)
+            else:
+                files[name] = replace(file, blake3=parts[""])
         return replace(self.manifest, files=files)
 
 
@@ -230,7 +216,7 @@ def _fold_tensor(
         fold=rule.fold,
         shape=tensor.shape,
         dtype=tensor.dtype,
-        sha256=hashlib.sha256(raw).hexdigest(),
+        blake3=digest_text(raw),
         non_finite=count_non_finite(raw, tensor.dtype),
         exceptions=find_exceptions(raw, tensor.dtype, gamma, rule.fold),
     )
@@ -267,17 +253,17 @@ def _manifest(
     tensor_lock: bool,
 ) -> Manifest:
     config, index = checkpoint.config_raw, checkpoint.index_raw
-    written = {CONFIG: hashlib.sha256(folded_config).hexdigest()}
-    files = {CONFIG: SourceFile(CONFIG, len(config), hashlib.sha256(config).hexdigest())}
+    written = {CONFIG: digest_text(folded_config)}
+    files = {CONFIG: SourceFile(CONFIG, len(config), blake3=digest_text(config))}
     if index is not None and checkpoint.index_name is not None:
         name = checkpoint.index_name
-        files[name] = SourceFile(name, len(index), hashlib.sha256(index).hexdigest())
+        files[name] = SourceFile(name, len(index), blake3=digest_text(index))
         if folded_index is not None:
-            written[name] = hashlib.sha256(folded_index).hexdigest()
+            written[name] = digest_text(folded_index)
     for item in weights:
         header = item.file.header.raw.decode() if item.layout else None
         name, size = item.file.name, item.file.state.size
-        files[name] = SourceFile(name, size, cached_sha256(item.file.path), header)
+        files[name] = SourceFile(name, size, cached_sha256(item.file.path), header=header)
     for name, state in checkpoint.others.items():
         files[name] = SourceFile(name, state.size, cached_sha256(checkpoint.root / name))
     return Manifest(

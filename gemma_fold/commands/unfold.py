@@ -148,11 +148,10 @@ def _expected(manifest: Manifest, name: str) -> tuple[tuple[Part, ...], dict[str
     """The parts of a source file of which a digest is known, and the digests."""
     file = manifest.files[name]
     if file.header is None:
-        digests = {} if file.sha256 is None else {"": file.sha256}
+        digests = {} if file.blake3 is None else {"": file.blake3}
         return (whole(file.size) if digests else ()), digests
-    digests = dict(file.tensors or {})
     header = original_header(file)
-    digests |= {t.name: t.sha256 for t in folded_in(header, manifest)}
+    digests = {t.name: t.blake3 for t in folded_in(header, manifest)} | dict(file.tensors or {})
     return tensor_parts(header, header.tensors.keys() - digests.keys()), digests
 
 

@@ -42,7 +42,7 @@ class VerifyReport:
     Attributes:
         tensors: folded tensors whose gamma was recomputed from the restored original bits.
         bytes_compared: bytes found equal to the source's; 0 without a source.
-        bytes_proven: bytes whose sha256 was found to be the recorded one.
+        bytes_proven: bytes whose digest was found to be the recorded one.
         problems: what is wrong, a line each.
         notes: what is worth knowing but not wrong.
     """
@@ -68,7 +68,7 @@ def verify(
     """Check format, locks, manifest, every gamma and every other byte.
 
     A gamma is right when the manifest's arithmetic turns it back into the bits the source had
-    (by their sha256) and folding those bits gives the gamma again. All else is compared with the
+    (by their digest) and folding those bits gives the gamma again. All else is compared with the
     digests taken at conversion, or with the source itself where `against` names it.
 
     Raises CheckpointError if `folded` is not a folded checkpoint at all, or `against` is damaged.

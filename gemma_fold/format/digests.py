@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from gemma_fold.checkpoint.digest import Part, digest_parts, tensor_parts, whole
+from gemma_fold.checkpoint.digest import Part, digest_parts, digest_text, tensor_parts, whole
 from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.checkpoint.source import CONFIG, Checkpoint, WeightFile
 from gemma_fold.format.manifest import Manifest, SourceFile
@@ -36,10 +35,10 @@ class Digests:
             self._progress.file(name, number)
             if file.header is not None:
                 yield from self._rewritten(weights[name], file)
-            elif file.sha256 is not None and name in copied:
+            elif file.blake3 is not None and name in copied:
                 path = self._checkpoint.root / name
                 found = self._digest(path, whole(copied[name].size))[""]
-                if found != file.sha256:
+                if found != file.blake3:
                     yield f"{name}: its bytes are not what was written"
         self._progress.finish()
 
@@ -50,13 +49,13 @@ class Digests:
         ):
             expected = self._manifest.written.get(name or "")
             if expected is not None and raw is not None:
-                if hashlib.sha256(raw).hexdigest() != expected:
+                if digest_text(raw) != expected:
                     yield f"{name}: its text is not what was written"
                 self._count(len(raw))
 
     def _rewritten(self, file: WeightFile, original: SourceFile) -> Iterator[str]:
         raw = file.header.raw
-        digest = hashlib.sha256(len(raw).to_bytes(8, "little") + raw).hexdigest()
+        digest = digest_text(len(raw).to_bytes(8, "little") + raw)
         if original.folded_header not in (None, digest):
             yield f"{file.name}: its header is not what was written"
         expected = original.tensors or {}

@@ -6,7 +6,6 @@ bytes it came from; `docs/format.md` describes every key.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from blake3 import blake3
+
 from gemma_fold._version import __version__
+from gemma_fold.checkpoint.digest import digest_text
 from gemma_fold.checkpoint.fields import Fields, parse_json_object
 from gemma_fold.checkpoint.names import check_name, shown
 from gemma_fold.checkpoint.source import CONFIG, Origin, check_config, read_small
@@ -25,7 +27,7 @@ from gemma_fold.format.names import ARCHITECTURE_PREFIX, FORMAT, MANIFEST, MODEL
 from gemma_fold.rules import Fold
 from gemma_fold.rules.model import NormName, Rounding
 
-_OWN_DIGEST = b',\n  "sha256": "%s"\n}\n'
+_OWN_DIGEST = b',\n  "blake3": "%s"\n}\n'
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class FoldedTensor:
         fold: the arithmetic.
         shape: the original shape, `(H,)`.
         dtype: the original dtype.
-        sha256: of the original bytes.
+        blake3: of the original bytes.
         non_finite: how many NaN or infinite elements it has.
         exceptions: original bits that subtracting the offset does not give back.
     """
@@ -52,7 +54,7 @@ class FoldedTensor:
     fold: Fold
     shape: tuple[int, ...]
     dtype: str
-    sha256: str
+    blake3: str
     non_finite: int = 0
     exceptions: Exceptions | None = None
 
@@ -67,7 +69,7 @@ class FoldedTensor:
             "mul_dtype": self.fold.mul_dtype,
             "shape": list(self.shape),
             "dtype": self.dtype,
-            "sha256": self.sha256,
+            "blake3": self.blake3,
         }
         if self.non_finite:
             value["non_finite"] = self.non_finite
@@ -94,7 +96,7 @@ class FoldedTensor:
             ),
             shape=shape,
             dtype=dtype,
-            sha256=value.sha256("sha256"),
+            blake3=value.digest("blake3"),
             non_finite=value.integer("non_finite", shape[0], default=0),
             exceptions=None
             if exceptions is None
@@ -109,15 +111,17 @@ class SourceFile:
     Attributes:
         name: relative to the folder.
         size: in bytes.
-        sha256: of the whole file, where it is known.
+        sha256: of the whole file, where the Hub's cache knows it.
+        blake3: of the whole file, where it was copied whole.
         header: the original safetensors header of a rewritten weight file.
-        folded_header: sha256 of the header it has since, with the 8 bytes before it.
-        tensors: sha256 of each tensor of a rewritten weight file that was not folded.
+        folded_header: BLAKE3 of the header it has since, with the 8 bytes before it.
+        tensors: BLAKE3 of each tensor of a rewritten weight file that was not folded.
     """
 
     name: str
     size: int
     sha256: str | None = None
+    blake3: str | None = None
     header: str | None = None
     folded_header: str | None = None
     tensors: Mapping[str, str] | None = None
@@ -126,6 +130,8 @@ class SourceFile:
         value: dict[str, Any] = {"size": self.size}
         if self.sha256 is not None:
             value["sha256"] = self.sha256
+        if self.blake3 is not None:
+            value["blake3"] = self.blake3
         if self.header is not None:
             value["header"] = self.header
         if self.folded_header is not None:
@@ -140,10 +146,11 @@ class SourceFile:
         return cls(
             name=check_name(name, value.where),
             size=value.integer("size"),
-            sha256=value.optional("sha256", value.sha256),
+            sha256=value.optional("sha256", value.digest),
+            blake3=value.optional("blake3", value.digest),
             header=value.optional("header", value.text),
-            folded_header=value.optional("folded_header", value.sha256),
-            tensors=value.optional("tensors", value.sha256s),
+            folded_header=value.optional("folded_header", value.digest),
+            tensors=value.optional("tensors", value.digests),
         )
 
 
@@ -162,7 +169,7 @@ class Manifest:
         directories: its folders.
         tensors: every tensor that was folded.
         made_by: what wrote the folder: `CONVERTED` can be made again from its source.
-        written: sha256 of the texts that were made anew, config.json and the weight index, by name.
+        written: BLAKE3 of the texts that were made anew, config.json and the weight index, by name.
         version: of the gemma-fold that wrote it.
         intact: whether the text is what was written, by its own digest; None where it has none.
     """
@@ -185,7 +192,7 @@ class Manifest:
     def has_digests(self) -> bool:
         """Whether every byte of the source's weight files is known by a digest."""
         return all(
-            file.tensors is not None if file.header is not None else file.sha256 is not None
+            file.tensors is not None if file.header is not None else file.blake3 is not None
             for name, file in self.files.items()
             if name.endswith(".safetensors")
         )
@@ -196,7 +203,7 @@ class Manifest:
 
     def chunks(self) -> Iterator[bytes]:
         """The text piece by piece: a large model's is some hundred megabytes."""
-        digest = hashlib.sha256()
+        digest = blake3()
         for line in self._lines():
             raw = line.encode()
             digest.update(raw)
@@ -232,8 +239,8 @@ class Manifest:
 def _is_intact(raw: bytes) -> bool | None:
     """Whether a manifest's own digest, its last line, is that of the bytes before it."""
     body = raw[: -len(_OWN_DIGEST % (b"0" * 64))]
-    expected = body + _OWN_DIGEST % hashlib.sha256(body).hexdigest().encode()
-    if b'"sha256"' not in raw[len(body) :]:
+    expected = body + _OWN_DIGEST % digest_text(body).encode()
+    if b'"blake3"' not in raw[len(body) :]:
         return None
     return raw == expected
 
@@ -290,7 +297,7 @@ def parse_manifest(raw: bytes, where: Path | str) -> Manifest:
         directories=tuple(check_name(name, where) for name in value.texts("directories")),
         tensors={n: FoldedTensor.from_json(n, t) for n, t in value.map("tensors").items("tensor")},
         made_by=value.optional("made_by", value.text) or "",
-        written=value.optional("written", value.sha256s) or {},
+        written=value.optional("written", value.digests) or {},
         version=value.text("version"),
         intact=_is_intact(raw),
     )

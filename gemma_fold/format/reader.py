@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from gemma_fold.checkpoint.digest import digest_text
 from gemma_fold.checkpoint.header import Header, parse_header
 from gemma_fold.checkpoint.layout import Run, merge_runs
 from gemma_fold.checkpoint.source import CONFIG, Checkpoint, open_checkpoint
@@ -62,7 +62,7 @@ def restore(tensor: FoldedTensor, gamma: bytes) -> bytes:
     Raises CheckpointError where `gamma` is no longer the one that was folded from them.
     """
     raw = unfold_tensor(decode(gamma, "F32"), tensor.dtype, tensor.fold, tensor.exceptions)
-    if hashlib.sha256(raw).hexdigest() != tensor.sha256:
+    if digest_text(raw) != tensor.blake3:
         raise CheckpointError(
             f"{tensor.name} is not the gamma that was folded from the original: it was changed, "
             "so its source bytes cannot be restored"

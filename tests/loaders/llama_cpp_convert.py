@@ -10,6 +10,7 @@ from pathlib import Path
 
 import probe
 import sentencepiece
+from gguf import GGUFReader
 
 
 def load(checkpoint: Path, folder: Path) -> object:
@@ -23,7 +24,8 @@ def load(checkpoint: Path, folder: Path) -> object:
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         raise RuntimeError(lines[-1])
-    return (folder / "model.gguf").stat().st_size
+    norm = next(t for t in GGUFReader(folder / "model.gguf").tensors if "attn_norm" in t.name)
+    return f"writes norms {norm.shape.tolist()}, the first {float(norm.data.flat[0]):.3f}"
 
 
 def _add_tokenizer(folder: Path, size: int) -> None:

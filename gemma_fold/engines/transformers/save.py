@@ -11,7 +11,6 @@ in place the folder has no config.json, without which nothing loads it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gemma_fold.checkpoint.digest import digest_parts, tensor_parts
+from gemma_fold.checkpoint.digest import digest_parts, digest_text, tensor_parts
 from gemma_fold.checkpoint.folder import open_folder
 from gemma_fold.checkpoint.layout import Layout, replace_tensors
 from gemma_fold.checkpoint.source import (
@@ -161,13 +160,13 @@ def _complete(
     for name, text in ((CONFIG, config), (checkpoint.index_name, index)):
         if name is not None and text is not None:
             raw = text.encode()
-            files[name] = SourceFile(name, len(raw), hashlib.sha256(raw).hexdigest())
+            files[name] = SourceFile(name, len(raw), blake3=digest_text(raw))
     sizes = {name: state.size for name, state in checkpoint.others.items()} | dict(kept)
     files |= {name: SourceFile(name, size) for name, size in sizes.items()}
     locked = folded_config(base, dtype=base["dtype"], tensors=len(tensors), tensor_lock=True)
-    written = {CONFIG: hashlib.sha256(locked).hexdigest()}
+    written = {CONFIG: digest_text(locked)}
     if checkpoint.index_name is not None and checkpoint.index_raw is not None:
-        written[checkpoint.index_name] = hashlib.sha256(checkpoint.index_raw).hexdigest()
+        written[checkpoint.index_name] = digest_text(checkpoint.index_raw)
     manifest = Manifest(
         origin=Origin(final.absolute().name.encode("utf-8", "backslashreplace").decode()),
         model_type=str(base.get("model_type")),
@@ -194,7 +193,7 @@ def _source_file(file: WeightFile, plain: Layout, here: Mapping[str, FoldedTenso
         file.name,
         plain.size,
         header=plain.header.decode(),
-        folded_header=hashlib.sha256(raw).hexdigest(),
+        folded_header=digest_text(raw),
         tensors=tensors,
     )
 
@@ -251,5 +250,5 @@ def _describe(file: WeightFile, name: str, rule: TensorRule, storage: str) -> Fo
         fold=rule.fold,
         shape=entry.shape[:1],
         dtype=dtype,
-        sha256=hashlib.sha256(raw).hexdigest(),
+        blake3=digest_text(raw),
     )
