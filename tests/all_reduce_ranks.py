@@ -9,10 +9,10 @@ import sys
 
 import torch
 import torch.distributed as dist
+from rank_ordered_sum import rank_ordered_sum
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.ops.collectives.reference import rank_ordered_sum
 
 HIDDEN, EPS = 96, 1e-6
 

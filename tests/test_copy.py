@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from mounts import mounted
 
 from gemma_fold.checkpoint import copy
 from gemma_fold.checkpoint.copy import Copier, Method
@@ -282,19 +283,6 @@ def test_an_interrupt_in_the_progress_callback_gets_through(tmp_path: Path) -> N
 
 
 # Reflinks, on images of file systems that have them
-
-
-@contextmanager
-def mounted(folder: Path, *arguments: str) -> Iterator[None]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to mount a file system")
-    answer = subprocess.run(["mount", *arguments, folder], capture_output=True, text=True)
-    if answer.returncode:
-        pytest.skip(f"mount failed: {answer.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="module", params=["xfs", "btrfs"])

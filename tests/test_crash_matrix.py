@@ -20,7 +20,7 @@ from checkpoints import read_tensors, write_checkpoint
 from crash.matrix import file_system
 from crash.scenes import SCENES
 from crash.shim import build, compiler
-from test_copy import mounted
+from mounts import mounted
 
 from gemma_fold.commands.convert import convert
 from gemma_fold.commands.verify import verify

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from logprob_server import LogprobServer
-from test_diff_outputs import LETTERS, add_tokenizer
+from tokenizers_made import LETTERS, add_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from gemma_fold.compare import DiffLimits, DiffOptions, DiffReport, diff

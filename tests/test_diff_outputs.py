@@ -18,9 +18,9 @@ import pytest
 import tiny
 import torch
 from logprob_server import LogprobServer
+from model_server import OURS, server
 from safetensors.torch import load_file, save_file
-from test_runtime_serve import OURS, server
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers_made import LETTERS, add_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import gemma_fold
@@ -42,20 +42,6 @@ from gemma_fold.errors import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-LETTERS = "".join(chr(code) for code in range(32, 32 + tiny.VOCAB - 5)) + "\n"
-
-
-def add_tokenizer(folder: Path, letters: str = LETTERS) -> None:
-    """A real tokenizer of one token a character, as large as the tiny models' vocabulary."""
-    names = ["<pad>", "<bos>", "<eos>", "<unk>", *letters]
-    model = models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>")
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>", pad_token="<pad>"
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import torch
 import transformers
 from hubserver import HubServer
 from safetensors.torch import load_file, save_file
+from tokenizers_made import tiny_tokenizer
 from torch import nn
 
 import gemma_fold
@@ -768,17 +769,6 @@ except gemma_fold.GemmaFoldError as error:
         with pytest.raises(CheckpointError) as caught:
             gemma_fold.load(source)
         assert "\n" not in str(caught.value)
-
-
-def tiny_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, tiny.VOCAB)}}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
 
 
 def fp8_copy(source: Path, target: Path, block: int = 16) -> None:

@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import socket
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import openai
 import pytest
 import tiny
 import torch
-from local_server import free_port, running
-from test_runtime import tiny_tokenizer
+from local_server import free_port
+from model_server import OURS, PLAIN, server
+from tokenizers_made import tiny_tokenizer
 
 from gemma_fold.commands.convert import convert
 from gemma_fold.engines.serve import serve
 from gemma_fold.errors import CheckpointError, HostError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-OURS = "import sys; from gemma_fold.engines.serve import serve; serve(sys.argv[1], port={port})"
-PLAIN = (
-    "import sys, typer; from transformers.cli.serve import Serve; app = typer.Typer(); "
-    "app.command()(Serve); app([sys.argv[1], '--host', '127.0.0.1', '--port', '{port}'])"
-)
-
-
-@contextmanager
-def server(program: str, folder: Path, log: Path) -> Iterator[openai.OpenAI]:
-    """A client of `program`, which serves the checkpoint in `folder`."""
-    port = free_port()
-    command = [sys.executable, "-c", program.format(port=port), str(folder)]
-    with running(command, port, log) as address:
-        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none")
 
 
 @pytest.fixture

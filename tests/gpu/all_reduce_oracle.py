@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from rank_ordered_sum import rank_ordered_sum
 from torch import Tensor
 
 from gemma_fold.ops.collectives import tuning
-from gemma_fold.ops.collectives.reference import rank_ordered_sum
 
 
 def _butterfly(values: Tensor) -> Tensor:
