@@ -85,7 +85,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "index name elsewhere": (top("index_name", "../x" + INDEX), "points outside the folder"),
     "index name below": (top("index_name", "a/" + INDEX), "points outside the folder"),
     "index name of no index": (top("index_name", SHARD), "not the name of a weight index"),
-    "index name of no file": (top("index_name", "other" + INDEX), "name of a weight index among its fi"),
+    "index name of no file": (top("index_name", "other" + INDEX), "weight index among its files"),
     "config a map": (top("config", {}), "invalid config in .*expected a string"),
     "config not JSON": (top("config", "{"), "config of gemma_fold.json is not valid JSON"),
     "architectures": (top("config", '{"architectures": 5}'), "invalid architectures in config"),
