@@ -73,7 +73,8 @@ test: venv .cache/gemma-3-270m
 	exit $$((library || engines))
 
 test-library: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
-	$(OLDEST)/bin/pytest -m "not engine" tests/test_runtime*.py tests/test_unaware_loaders.py
+	$(OLDEST)/bin/pytest -m "not engine" tests/engines/test_transformers*.py \
+		tests/engines/test_serve.py tests/engines/test_unaware_loaders.py
 	$(BIN)/pytest -m "not engine"
 
 test-fast: venv

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm_processors import save_processor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import tiny
 
 VOCAB = 512

@@ -104,7 +104,14 @@ def run_target(name: str, runs: int, seconds: int, jobs: int, findings: Path) ->
 
 
 def _env() -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(
+        [
+            str(ROOT),
+            str(HERE.parent),
+            str(HERE.parent / "support"),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+    )
     return {**os.environ, "PYTHONPATH": paths.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}
 
 
@@ -131,7 +138,7 @@ def _commit() -> str:
 
 def write_seeds() -> None:
     """Write the committed corpus anew from the tests' own small checkpoints."""
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(HERE.parent / "support"))
     from checkpoints import write_checkpoint
 
     from gemma_fold.commands.convert import convert

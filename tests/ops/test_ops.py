@@ -249,7 +249,7 @@ def test_kernels_in_the_interpreter() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_kernels.py"],
         cwd=tests,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tests.parent)},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tests.parents[1])},
         capture_output=True,
         text=True,
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 #: model type -> names measured in transformers; see the file's own `_about`.
-NAMES: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "norms.json").read_text())
+NAMES: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "norms.json").read_text())
 NORM_CLASSES: dict[str, Any] = NAMES.pop("_about")["classes"]
 SURVEYED = [model_type for model_type, names in NAMES.items() if names["zero_centred"]]
 

@@ -14,7 +14,7 @@ from gemma_fold import ops
 from gemma_fold.ops.collectives import tuning
 from gemma_fold.ops.collectives.exchange import capacity
 
-RANK = Path(__file__).resolve().parent / "all_reduce_ranks.py"
+RANK = Path(__file__).resolve().parents[1] / "support" / "all_reduce_ranks.py"
 
 
 @pytest.mark.parametrize("world", [2, 4, pytest.param(8, marks=pytest.mark.slow)])

@@ -13,7 +13,7 @@ from checkpoints import CONFIG, gemma3_tensors, read_tensors, tree, write_checkp
 from commands import run
 from hubserver import HubServer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_whole_way_there_and_back(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from gemma_fold.compare.weights.norms import BUCKETS, TensorClass, ulp_distance
 from gemma_fold.compare.weights.tensors import compare_weights
 from gemma_fold.errors import UsageError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BF16 = ml_dtypes.bfloat16
 WEIGHTS = DiffOptions(outputs=False)
 Array = np.ndarray[Any, Any]

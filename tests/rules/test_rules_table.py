@@ -15,7 +15,7 @@ from gemma_fold.errors import NothingToFoldError
 from gemma_fold.rules import CLASSES, NORM_CLASSES, TABLE, Evidence, Fold, Kind, Verdict, classify
 from gemma_fold.rules.row import Family, Norm, Plain, expand
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 MEASURED: dict[str, Any] = json.loads((DATA / "norms.json").read_text())
 READ: dict[str, Any] = json.loads((DATA / "norms_read.json").read_text())
 CLASS_FACTS = MEASURED.pop("_about")["classes"]

@@ -25,7 +25,7 @@ from mounts import mounted
 from gemma_fold.commands.convert import convert
 from gemma_fold.commands.verify import verify
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 LINUX = sys.platform == "linux"
 pytestmark = [
     pytest.mark.skipif(not LINUX, reason="the shim wraps the calls of Linux's C library"),
@@ -45,7 +45,7 @@ def start(shim: Path, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "LD_PRELOAD": str(shim),
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "support"))),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "crash.matrix", str(folder), *arguments]

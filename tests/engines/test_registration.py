@@ -15,7 +15,7 @@ import tiny
 
 from gemma_fold.commands.convert import convert
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 #: Stub packages by engine and case, each a mapping from a file to its text; and what is said.
 STUBS = {

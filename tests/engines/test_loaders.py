@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loaders.run import PROBES, RESULTS
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 FOUND = json.loads(RESULTS.read_text())
 
 
