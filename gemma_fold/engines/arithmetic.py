@@ -24,8 +24,8 @@ def unfold(gamma: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
 
 def grouped_rms_norm(x: Tensor, gamma: Tensor, group_size: int, eps: float) -> Tensor:
     """RMSNorm of every ``group_size`` columns by themselves, then the gain of all H columns."""
-    x32 = x.float().unflatten(-1, (-1, group_size))
-    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    x32 = x.float().reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
+    normed: Tensor = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return (normed.flatten(-2) * gamma).to(x.dtype)
 
 

@@ -205,7 +205,7 @@ def check_disjoint(q: Tensor, k: Tensor) -> None:
     raise ValueError("q and k share memory; both are written in place")
 
 
-def memory_order(x: Tensor) -> Sequence[int] | None:
+def memory_order(x: Tensor) -> list[int] | None:
     """The order of leading dimensions that makes ``x`` row-major, or None where it already is.
 
     Attention code norms heads after a transpose; rows are independent, so such a tensor is
@@ -214,7 +214,8 @@ def memory_order(x: Tensor) -> Sequence[int] | None:
     lead = range(x.dim() - 1)
     if x.dim() < 3 or x.is_contiguous():
         return None
-    order = sorted(lead, key=lambda dim: -x.stride(dim))
+    strides = x.stride()
+    order = sorted(lead, key=lambda dim: -strides[dim])
     return None if order == list(lead) else [*order, x.dim() - 1]
 
 

@@ -44,8 +44,8 @@ _LAUNCHERS = (
 MAX_ROWS = 2**31 - 1  # the row number is a 32-bit program id
 _BACKWARD_PROGRAMS_PER_SM = 4
 # Absent from builds without CUDA, where nothing asks for them.
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 @cache
@@ -57,8 +57,8 @@ def _uses_pdl(device: int) -> bool:
 
 
 @cache
-def takes_addresses(launcher: type, version: str) -> bool:
-    """Whether a launcher of Triton `version` is called as :class:`Plan` does, with addresses."""
+def takes_addresses(launcher: Any, version: str) -> bool:
+    """Whether this class of launcher, of Triton `version`, is called as :class:`Plan` calls it."""
     number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     first, last = _DIRECT_VERSIONS
     if not first <= number <= last:
@@ -143,7 +143,7 @@ class Plan:
         with torch.cuda.device(self.device):
             compiled = launch(*tensors, *self.scalars, *eps, **self.constants, **self.options)
         run = compiled.run
-        if not takes_addresses(type(run), triton.__version__):
+        if not takes_addresses(run.__class__, triton.__version__):
             return
         if all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors):
             self.ready = (
@@ -199,8 +199,8 @@ def _plan_rows(
         "STORE": config.store,
     }
     if heads is not None:
-        *steps, head_step = steps
-        constants |= {"HEADS": heads[0], "HEAD_STEP": head_step}
+        constants |= {"HEADS": heads[0], "HEAD_STEP": steps[-1]}
+        steps = steps[:-1]
     programs = -(-rows // config.together)
     return Plan(kernel, x, programs, (rows, *steps), constants, config.warps * config.together)
 

@@ -17,15 +17,15 @@ from torch import Tensor
 from gemma_fold.ops import checks, dispatch
 from gemma_fold.ops.collectives import operators
 
-_LIBRARY = torch.library.Library("gemma_fold", "FRAGMENT")
+_LIBRARY = torch.library.Library("gemma_fold", "FRAGMENT")  # type: ignore[no-untyped-call]
 _FP8 = torch.float8_e4m3fn
 
 
 def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     name = schema.partition("(")[0]
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, implementation, key)
+        _LIBRARY.impl(name, implementation, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"gemma_fold::{name}", fake, lib=_LIBRARY)
 
 

@@ -107,7 +107,8 @@ def _signal(operator: str, fp8: bool, row_bytes: int, rows: int) -> int:
         late = rows <= 2 * _LONE_ROWS and row_bytes <= 8192
     else:
         late = _one_wave(operator, fp8, row_bytes, rows) and rows <= _MANY_ROWS
-    return LATE.value if late else EARLY.value
+    signal: int = LATE.value if late else EARLY.value
+    return signal
 
 
 def heads_config(head_bytes: int, heads: int) -> HeadsConfig:
