@@ -18,13 +18,12 @@ from gemma_fold.checkpoint.source import (
     read_tensor,
 )
 from gemma_fold.convert import load_source
-from gemma_fold.digests import Digests
+from gemma_fold.digests import Digests, wrong_gammas
 from gemma_fold.errors import CheckpointError
 from gemma_fold.fold import fold
 from gemma_fold.folded import (
     open_folded,
     original_header,
-    restore,
     untouched_runs,
 )
 from gemma_fold.manifest import ARCHITECTURE_PREFIX, Manifest, base_config, read_manifest
@@ -84,7 +83,7 @@ def verify(
         *_check_rules(manifest),
         *_check_index(checkpoint, manifest),
         *_check_files(checkpoint, manifest),
-        *_check_gammas(checkpoint, manifest),
+        *wrong_gammas(checkpoint, manifest),
     ]
     proven = 0
     if source is None and not problems:
@@ -175,19 +174,6 @@ def _check_files(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
         original = manifest.files.get(name)
         if original is not None and original.size != size:
             yield f"{name}: {size} bytes, but the source had {original.size}"
-
-
-def _check_gammas(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
-    files = {file.name: file for file in checkpoint.weights}
-    for tensor in manifest.tensors.values():
-        gamma = read_tensor(files[tensor.file], tensor.name)
-        try:
-            raw = restore(tensor, gamma)
-        except CheckpointError as error:
-            yield str(error)
-            continue
-        if fold(raw, tensor.dtype, tensor.fold).tobytes() != gamma:
-            yield f"{tensor.name}: gamma is not the fold of the original weight"
 
 
 class _Comparison:
