@@ -10,15 +10,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_fold.checkpoint.names import check_name
-from gemma_fold.checkpoint.source import FileState
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+Owned = Callable[[str, os.stat_result], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +79,10 @@ class Folder:
             return os.open(last, flags, 0o666, dir_fd=folder.descriptor)
 
     def read(self, name: str) -> int:
-        """Open the file `name` for reading."""
+        """Open the file `name` for reading; where it is a pipe, without waiting for a writer."""
         with self.parent_of(check_name(name, self.path)) as (folder, last):
-            return os.open(
-                last, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder.descriptor
-            )
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            return os.open(last, flags, dir_fd=folder.descriptor)
 
     def status(self, name: str) -> os.stat_result | None:
         """`lstat` of `name`, or None where there is nothing."""
@@ -114,39 +114,41 @@ class Folder:
                     os.close(descriptor)
         os.fsync(self.descriptor)
 
-    def remove(self, name: str) -> None:
-        """Remove the file or the whole folder `name`; links are removed, never followed."""
-        status = self.status(name)
-        if status is None:
-            return
-        if not stat.S_ISDIR(status.st_mode):
-            os.unlink(name, dir_fd=self.descriptor)
-            return
-        with self.open(name) as inner:
-            for child in inner.names():
-                inner.remove(child)
-        os.rmdir(name, dir_fd=self.descriptor)
+    def remove_owned(self, name: str, is_ours: Owned) -> bool:
+        """Remove from the folder `name` the files that are ours, and the folders left empty.
 
-    def remove_listed(self, name: str, listed: Mapping[str, FileState]) -> bool:
-        """Remove from the folder `name` the files in `listed` that are still what they were.
+        No link is followed, and nothing is removed from another file system that is mounted there.
+
+        Args:
+            name: of a folder in this one.
+            is_ours: told each file's name relative to `name`, and its `lstat`.
 
         Returns:
             Whether nothing else was there, so that the folder itself is gone, too.
         """
         with self.open(name) as inner:
-            inner._remove_listed("", listed)
+            try:
+                inner._remove_owned("", is_ours)
+            except RecursionError:
+                return False  # nothing of ours is that deep
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                return False
         return self._remove_empty(name)
 
-    def _remove_listed(self, inside: str, listed: Mapping[str, FileState]) -> None:
+    def _remove_owned(self, inside: str, is_ours: Owned) -> None:
+        device = os.fstat(self.descriptor).st_dev
         for name in self.names():
             status = self.status(name)
             if status is None:
                 continue
             if stat.S_ISDIR(status.st_mode):
-                with self.open(name) as inner:
-                    inner._remove_listed(f"{inside}{name}/", listed)
-                self._remove_empty(name)
-            elif listed.get(inside + name) == FileState.of(status):
+                if status.st_dev == device:
+                    with self.open(name) as inner:
+                        inner._remove_owned(f"{inside}{name}/", is_ours)
+                    self._remove_empty(name)
+            elif is_ours(inside + name, status):
                 os.unlink(name, dir_fd=self.descriptor)
 
     def _remove_empty(self, name: str) -> bool:
@@ -154,7 +156,7 @@ class Folder:
         try:
             os.rmdir(name, dir_fd=self.descriptor)
         except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
                 return False
             raise
         return True

@@ -1,14 +1,16 @@
 """The journal of a work folder: what proves the folder ours, and what a run has finished.
 
-One JSON object a line. The first is the marker with the plan's digest; then one for each finished
-file, and one before the result is published. A line torn by a kill ends the journal.
+One JSON object a line. The first is the marker with the plan's digest and the names of all files
+that the run may write; then one for each finished file, and one before the result is published. A
+line torn by a kill ends the journal.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +20,15 @@ from gemma_fold.checkpoint.source import FileState
 JOURNAL = "journal"
 _MARKER = "gemma-fold work folder"
 _BEGINNING = json.dumps({"marker": _MARKER}).encode()[:-1]
-_MAX_SIZE = 1 << 30  # bytes
+_MAX_SIZE = 1 << 28  # bytes
+_INVALID = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A finished file: its size, and the digests that were taken of its source."""
+    """A finished file: what it was then, and the digests that were taken of its source."""
 
-    size: int
+    state: FileState
     digests: Mapping[str, str]
 
 
@@ -47,49 +50,58 @@ class Entries:
     """A journal that was read."""
 
     plan: str
+    files: frozenset[str] | None  # all that the run may write; None where it does not know
     done: Mapping[str, Done]
     publication: Publication | None
     size: int  # bytes of whole lines; what follows is a torn one
 
 
 def read_journal(work: Folder) -> Entries | None:
-    """The journal of `work`; None where there is none of ours."""
-    try:
-        descriptor = work.read(JOURNAL)
-    except OSError:
+    """The journal of `work`; None where there is none of ours.
+
+    One that has a second name may be written by another run, so it is not ours.
+    """
+    raw = _read_own(work, _MAX_SIZE)
+    if raw is None or b"\n" not in raw:
         return None
-    with open(descriptor, "rb") as stream:
-        raw = stream.read(_MAX_SIZE)
-    plan, done, publication, size = None, {}, None, 0
-    for line in raw.splitlines(keepends=True):
+    marker, *lines = raw.splitlines(keepends=True)
+    try:
+        plan, files = _begun(json.loads(marker))
+    except _INVALID:
+        return None
+    done, publication, size = {}, None, len(marker)
+    for line in lines:
         try:
-            entry = json.loads(line) if line.endswith(b"\n") else None
-            if plan is None:
-                plan = _plan(entry)
-            elif entry is None:
-                break
-            elif "done" in entry:
-                done[entry["done"]] = Done(entry["size"], entry["digests"])
+            entry = json.loads(line) if line.endswith(b"\n") else {}
+            if "done" in entry:
+                done[str(entry["done"])] = _done(entry)
             elif "publish" in entry:
                 publication = _publication(entry)
-        except (ValueError, TypeError, KeyError):
+            else:
+                break
+        except _INVALID:
             break
-        if plan is None:
-            return None
         size += len(line)
-    return None if plan is None else Entries(plan, done, publication, size)
+    return Entries(plan, files, done, publication, size)
 
 
 def is_torn_marker(work: Folder) -> bool:
     """Whether `work` holds nothing but the beginning of a marker: its run died there."""
     if work.names() != [JOURNAL]:
         return False
-    try:
-        with open(work.read(JOURNAL), "rb") as stream:
-            raw = stream.read(4096)
-    except OSError:
+    raw = _read_own(work, 4096)
+    if raw is None or b"\n" in raw:
         return False
-    return b"\n" not in raw and raw[: len(_BEGINNING)] == _BEGINNING[: len(raw)]
+    return raw[: len(_BEGINNING)] == _BEGINNING[: len(raw)]
+
+
+def _read_own(work: Folder, limit: int) -> bytes | None:
+    """The journal's first bytes; None where it is no plain file with one name."""
+    status = work.status(JOURNAL)
+    if status is None or not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        return None
+    with open(work.read(JOURNAL), "rb") as stream:
+        return stream.read(limit)
 
 
 class Journal:
@@ -101,13 +113,15 @@ class Journal:
         self._descriptor = os.open(JOURNAL, flags, 0o666, dir_fd=work.descriptor)
         os.ftruncate(self._descriptor, kept)
 
-    def begin(self, plan: str) -> None:
+    def begin(self, plan: str, files: Collection[str] | None) -> None:
         """Write the marker."""
-        self._record({"marker": _MARKER, "plan": plan})
+        listed = None if files is None else sorted(files)
+        self._record({"marker": _MARKER, "plan": plan, "files": listed})
 
     def done(self, name: str, done: Done) -> None:
         """Note that `name` is finished and synced."""
-        self._record({"done": name, "size": done.size, "digests": dict(done.digests)})
+        digests = dict(done.digests)
+        self._record({"done": name, "state": _state_json(done.state), "digests": digests})
 
     def publish(self, publication: Publication) -> None:
         """Note what is about to be published, and what it replaces."""
@@ -126,13 +140,20 @@ class Journal:
         os.fsync(self._descriptor)
 
 
-def _plan(entry: Any) -> str | None:
-    is_ours = isinstance(entry, dict) and entry.get("marker") == _MARKER
-    return str(entry["plan"]) if is_ours else None
+def _begun(entry: Mapping[str, Any]) -> tuple[str, frozenset[str] | None]:
+    if entry["marker"] != _MARKER:
+        raise ValueError(entry["marker"])
+    files = entry["files"]
+    return str(entry["plan"]), None if files is None else frozenset(map(str, files))
 
 
 def _state_json(state: FileState) -> list[int]:
-    return [state.size, state.mtime_ns, state.inode]
+    return [state.size, state.mtime_ns, state.ctime_ns, state.inode]
+
+
+def _done(entry: Mapping[str, Any]) -> Done:
+    digests = {str(part): str(digest) for part, digest in entry["digests"].items()}
+    return Done(FileState(*entry["state"]), digests)
 
 
 def _publication(entry: Mapping[str, Any]) -> Publication:

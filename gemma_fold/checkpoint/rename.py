@@ -22,7 +22,7 @@ _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EP
 
 
 def rename_new(source: Folder, name: str, target: Folder, new_name: str) -> None:
-    """Rename the folder `name` in `source` to `new_name` in `target`.
+    """Rename `name` in `source`, most often a folder, to `new_name` in `target`.
 
     Raises:
         FileExistsError: something other than an empty folder is there; it was not touched.
@@ -33,6 +33,10 @@ def rename_new(source: Folder, name: str, target: Folder, new_name: str) -> None
             return
     except FileExistsError:
         pass
+    moved = source.status(name)
+    if moved is not None and not stat.S_ISDIR(moved.st_mode):
+        _link_new(source, name, target, new_name)
+        return
     status = target.status(new_name)
     if status is not None and not stat.S_ISDIR(status.st_mode):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new_name)
@@ -42,6 +46,18 @@ def rename_new(source: Folder, name: str, target: Folder, new_name: str) -> None
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new_name) from None
         raise
+
+
+def _link_new(source: Folder, name: str, target: Folder, new_name: str) -> None:
+    """Rename a file or a link, which rename(2) would put in the place of another."""
+    os.link(
+        name,
+        new_name,
+        src_dir_fd=source.descriptor,
+        dst_dir_fd=target.descriptor,
+        follow_symlinks=False,
+    )
+    os.unlink(name, dir_fd=source.descriptor)
 
 
 def exchange(source: Folder, name: str, target: Folder, other: str) -> bool:

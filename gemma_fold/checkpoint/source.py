@@ -32,15 +32,19 @@ _SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40}
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What must not change while a file is being read."""
+    """What must not change while a file is being read, nor before it is removed.
+
+    An edit can keep size and mtime; ctime tells.
+    """
 
     size: int
     mtime_ns: int
+    ctime_ns: int
     inode: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileState:
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @dataclass(frozen=True, slots=True)

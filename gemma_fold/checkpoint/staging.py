@@ -18,7 +18,7 @@ import fcntl
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,17 +44,32 @@ _LONGEST = 200  # bytes of OUT's name that fit into ours; file systems allow 255
 def work_folder(out: Path) -> Path:
     """Where work on `out` is done."""
     target = Path(os.path.realpath(out))
-    name = os.fsencode(target.name)
-    if len(name) > _LONGEST:
-        name = name[:100] + b"~" + hashlib.sha256(name).hexdigest()[:16].encode()
-    return target.with_name(f".{os.fsdecode(name)}.gemma-fold")
+    return target.with_name(f".{_shortened(target.name)}.gemma-fold")
 
 
-def settle(out: Path) -> str | None:
+def _shortened(name: str) -> str:
+    """A name that leaves room for what ours add to it."""
+    raw = os.fsencode(name)
+    if len(raw) > _LONGEST:
+        raw = raw[:100] + b"~" + hashlib.sha256(raw).hexdigest()[:16].encode()
+    return os.fsdecode(raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What became of a run that was killed.
+
+    Attributes:
+        plan: of that run where its result now stands at OUT, else None.
+        notes: what the user should know, a line each.
+    """
+
+    plan: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def settle(out: Path) -> Settled:
     """Finish or clean up after a run that was killed while it published `out`.
-
-    Returns:
-        The plan of that run where its result now stands at `out`, else None.
 
     Raises:
         HostError: another process is writing, or the disk is in the way.
@@ -62,15 +77,16 @@ def settle(out: Path) -> str | None:
     """
     path = work_folder(out)
     if not os.path.lexists(path):
-        return None
+        return Settled()
     with _explained(path), open_folder(path.parent) as parent, _locked(parent, path) as work:
+        place = _Place(parent, work, Path(os.path.realpath(out)))
         entries = read_journal(work)
         if entries is None:
             if not work.names() or is_torn_marker(work):
-                remove_work_folder(parent, work)  # its run died while it made or removed it
-            return None
-        place = _Place(parent, work, Path(os.path.realpath(out)))
-        return entries.plan if place.settle(entries) else None
+                place.remove_work(None)  # its run died while it made or removed it
+            return Settled()
+        finished = place.settle(entries)
+        return Settled(entries.plan if finished else None, tuple(place.notes))
 
 
 @dataclass(slots=True)
@@ -83,14 +99,12 @@ class _Place:
     notes: list[str] = field(default_factory=list)
 
     def settle(self, entries: Entries) -> bool:
-        """Finish a publication that was cut off; whether there was one that had begun to move."""
+        """Finish a publication that was cut off; whether its result stands at OUT."""
         publication = entries.publication
-        if publication is None:
+        if publication is None or not self.has_moved(publication):
             return False
         new, out = self.work.status(_NEW), self.parent.status(self.out.name)
         if new is not None and new.st_ino == publication.inode:
-            if self.work.status(_OLD) is None:
-                return False  # nothing has moved yet
             if out is not None:
                 raise HostError(
                     f"{self.out} appeared while it was being replaced; the finished run is "
@@ -98,8 +112,17 @@ class _Place:
                     "move those you need elsewhere"
                 )
             rename_new(self.work, _NEW, self.parent, self.out.name)
-        self.clean_up(publication)
-        return True
+            out = new
+        self.clean_up(publication, entries.files)
+        return out is not None and out.st_ino == publication.inode
+
+    def has_moved(self, publication: Publication) -> bool:
+        """Whether a rename of this publication was done, so that `new` is no longer the result."""
+        new = self.work.status(_NEW)
+        if new is None or self.work.status(_OLD) is not None:
+            return True
+        # Without something to replace, nothing ever takes the place of `new`: this one is a copy.
+        return new.st_ino != publication.inode and publication.replaced is not None
 
     def publish(self, publication: Publication) -> None:
         """Move `new` to OUT, exchanging it for what is to be replaced."""
@@ -128,19 +151,55 @@ class _Place:
             rename_new(self.work, _OLD, self.parent, self.out.name)
             raise
 
-    def clean_up(self, publication: Publication) -> None:
+    def clean_up(self, publication: Publication, files: frozenset[str] | None) -> None:
         """Remove what was replaced, file by file as it was listed, and the work folder."""
+        listed = publication.replaced or {}
         for name in (_NEW, _OLD):
-            if self.work.status(name) is None:
+            status = self.work.status(name)
+            if status is None:
                 continue
-            if not self.work.remove_listed(name, publication.replaced or {}):
+            if not stat.S_ISDIR(status.st_mode) or not self.work.remove_owned(
+                name, lambda path, found: listed.get(path) == FileState.of(found)
+            ):
                 self._keep_aside(name)
-        remove_work_folder(self.parent, self.work)
+        if not self.remove_work(files):
+            self.notes.append(
+                f"{self.work.path} holds files that gemma-fold did not write; move them elsewhere"
+            )
+
+    def remove_new(self, files: frozenset[str] | None) -> bool:
+        """Remove what a run wrote, or was to write; whether nothing else was there."""
+        status = self.work.status(_NEW)
+        if status is None:
+            return True
+        if stat.S_ISLNK(status.st_mode):
+            os.unlink(_NEW, dir_fd=self.work.descriptor)
+            return True
+        return self.work.remove_owned(
+            _NEW,
+            lambda path, found: files is None or path in files or stat.S_ISLNK(found.st_mode),
+        )
+
+    def remove_work(self, files: frozenset[str] | None) -> bool:
+        """Remove the work folder if all that is in it is ours; whether that was so.
+
+        The journal goes last: until then what a kill leaves proves itself ours.
+        """
+        if self.work.status(_OLD) is not None or not self.remove_new(files) or self.strangers():
+            return False
+        with suppress(FileNotFoundError):
+            os.unlink(JOURNAL, dir_fd=self.work.descriptor)
+        os.rmdir(self.work.path.name, dir_fd=self.parent.descriptor)
+        return True
+
+    def strangers(self) -> list[str]:
+        """What lies in the work folder beside what a run puts there."""
+        return [name for name in self.work.names() if name not in (JOURNAL, _NEW, _OLD)]
 
     def _keep_aside(self, name: str) -> None:
         """Give what is left of the replaced folder a name that its owner sees."""
         for number in range(1, 1000):
-            kept = f"{self.out.name}.replaced" + (f"-{number}" if number > 1 else "")
+            kept = f"{_shortened(self.out.name)}.replaced" + (f"-{number}" if number > 1 else "")
             if self.parent.status(kept) is None:
                 with suppress(FileExistsError):
                     rename_new(self.work, name, self.parent, kept)
@@ -149,16 +208,25 @@ class _Place:
                         f"they are kept in {self.parent.path / kept}"
                     )
                     return
+        raise FileExistsError(errno.EEXIST, f"{self.out.name}.replaced and 998 more are taken")
 
 
 class Staging:
     """The result being written. Use `open_staging`; files are named relative to it."""
 
-    def __init__(self, place: _Place, journal: Journal, done: Mapping[str, Done]) -> None:
+    def __init__(
+        self,
+        place: _Place,
+        journal: Journal,
+        done: Mapping[str, Done],
+        files: frozenset[str] | None,
+    ) -> None:
         self._place = place
         self._journal = journal
         self._done = dict(done)
+        self._files = files
         self._abandoned = False
+        self._publishing = False
         with place.work.open(_NEW) as new:
             self.folder = Folder(os.dup(new.descriptor), new.path)
 
@@ -168,11 +236,11 @@ class Staging:
         return tuple(self._place.notes)
 
     def done(self, name: str) -> Done | None:
-        """What is known of `name` where a run finished it, and it is still there."""
+        """What is known of `name` where a run finished it, and it is what it was then."""
         done, status = self._done.get(name), self.folder.status(name)
         if done is None or status is None or not stat.S_ISREG(status.st_mode):
             return None
-        return done if status.st_size == done.size else None
+        return done if FileState.of(status) == done.state else None
 
     @contextmanager
     def create(self, name: str, digests: Mapping[str, str] | None = None) -> Iterator[int]:
@@ -184,7 +252,7 @@ class Staging:
         try:
             yield descriptor
             os.fsync(descriptor)
-            done = Done(os.fstat(descriptor).st_size, digests or {})
+            done = Done(FileState.of(os.fstat(descriptor)), digests or {})
             self._journal.done(name, done)
             self._done[name] = done
         finally:
@@ -204,19 +272,26 @@ class Staging:
     def publish(self, replaced: Mapping[str, FileState] | None) -> None:
         """Make the folder appear under its final name, complete."""
         if self._abandoned:
-            remove_work_folder(self._place.parent, self._place.work)
+            self._place.remove_work(self._files)
             return
         self.folder.sync()
         publication = Publication(os.fstat(self.folder.descriptor).st_ino, replaced)
         self._journal.publish(publication)
+        self._publishing = True  # from here on `new` may be what was replaced
         self._place.publish(publication)
         try:
-            self._place.clean_up(publication)
+            self._place.clean_up(publication, self._files)
         except OSError as error:
             self._place.notes.append(
                 f"{self._place.work.path} could not be removed ({error.strerror}); "
                 "the next run for the same folder does it"
             )
+
+    def discard(self) -> None:
+        """Remove what was written, unless some of it may have been published."""
+        if not self._publishing:
+            with suppress(OSError):  # what led here is the error to tell
+                self._place.remove_work(self._files)
 
     def close(self) -> None:
         """Close the files that are open."""
@@ -232,6 +307,7 @@ def open_staging(
     size: int,
     resume: bool,
     restart: bool,
+    files: Collection[str] | None = None,
     replaced: Mapping[str, FileState] | None = None,
 ) -> Iterator[Staging]:
     """Lock and open the work folder of `out` for the work that the digest `plan` identifies.
@@ -245,6 +321,8 @@ def open_staging(
         size: bytes that will be written in all.
         resume: continue an interrupted run.
         restart: discard an interrupted run.
+        files: all that may be written, so that nothing else is removed; None where that is not
+            known.
         replaced: state of every file of the folder that stands at `out` and is to be replaced.
 
     Raises:
@@ -259,28 +337,17 @@ def open_staging(
         with _locked(parent, path) as work:
             place = _Place(parent, work, Path(os.path.realpath(out)))
             entries = _admit(place, plan, size, resume=resume, restart=restart)
+            staging = _begin(place, plan, entries, None if files is None else frozenset(files))
             try:
-                staging = _begin(place, plan, entries)
-                try:
-                    yield staging
-                    staging.publish(replaced)
-                finally:
-                    staging.close()
+                yield staging
+                staging.publish(replaced)
             except (OSError, HostError, KeyboardInterrupt):
                 raise  # kept for `resume`
             except BaseException:
-                remove_work_folder(parent, work)
+                staging.discard()
                 raise
-
-
-def remove_work_folder(parent: Folder, work: Folder) -> None:
-    """Remove it, the journal last: until then what a kill leaves proves itself ours."""
-    for name in work.names():
-        if name != JOURNAL:
-            work.remove(name)
-    with suppress(FileNotFoundError):
-        os.unlink(JOURNAL, dir_fd=work.descriptor)
-    os.rmdir(work.path.name, dir_fd=parent.descriptor)
+            finally:
+                staging.close()
 
 
 def _admit(place: _Place, plan: str, size: int, *, resume: bool, restart: bool) -> Entries | None:
@@ -291,8 +358,14 @@ def _admit(place: _Place, plan: str, size: int, *, resume: bool, restart: bool) 
         raise UsageError(
             f"{work.path} was not made by gemma-fold, and was not touched; move it elsewhere"
         )
-    if work.status(_OLD) is not None:
-        raise HostError(f"{work.path / _OLD} is what {place.out} was; run once more")
+    if work.status(_OLD) is not None or (
+        entries is not None
+        and entries.publication is not None
+        and place.has_moved(entries.publication)
+    ):
+        raise HostError(f"{work.path} holds what {place.out} was before another run; run once more")
+    for name in place.strangers():
+        raise UsageError(f"{work.path / name} was not made by gemma-fold; move it elsewhere")
     if entries is not None and not restart:
         if not resume:
             raise UsageError(
@@ -305,24 +378,29 @@ def _admit(place: _Place, plan: str, size: int, *, resume: bool, restart: bool) 
                 "start over with --restart"
             )
     else:
-        work.remove(_NEW)
+        if not place.remove_new(entries.files if entries else None):
+            raise UsageError(
+                f"{work.path / _NEW} holds files that gemma-fold did not write; move them elsewhere"
+            )
         entries = None
     try:
         _check_space(work, size)
     except HostError:
         if entries is None:
-            remove_work_folder(place.parent, work)
+            place.remove_work(None)
         raise
     return entries
 
 
-def _begin(place: _Place, plan: str, entries: Entries | None) -> Staging:
+def _begin(
+    place: _Place, plan: str, entries: Entries | None, files: frozenset[str] | None
+) -> Staging:
     journal = Journal(place.work, entries.size if entries else 0)
     if entries is None:
-        journal.begin(plan)
+        journal.begin(plan, files)
     with suppress(FileExistsError):
         os.mkdir(_NEW, dir_fd=place.work.descriptor)
-    return Staging(place, journal, entries.done if entries else {})
+    return Staging(place, journal, entries.done if entries else {}, files)
 
 
 def _check_space(work: Folder, size: int) -> None:
@@ -393,6 +471,7 @@ def _explained(path: Path) -> Iterator[None]:
             errno.EROFS: "choose a writable disk",
             errno.EACCES: "choose a folder you may write to",
             errno.EPERM: "choose a folder you may write to",
+            errno.EEXIST: "move what has these names elsewhere",
             errno.ELOOP: "something not made by gemma-fold has this name: move it elsewhere",
             errno.ENOTDIR: "something not made by gemma-fold has this name: move it elsewhere",
         }.get(error.errno or 0, "check the disk, then run again with --resume")

@@ -11,10 +11,23 @@ import stat
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from gemma_fold.checkpoint.listing import below, is_empty_or_absent
 from gemma_fold.checkpoint.source import FileState
 from gemma_fold.errors import UsageError
 
 Identity = tuple[int, int]  # device, inode
+
+
+def target_folder(out: str | os.PathLike[str]) -> Path:
+    """The folder that `out` names; UsageError where none can be put there."""
+    if not os.fspath(out):
+        raise UsageError("the name of the folder to write is empty; name one")
+    target = Path(out)
+    if not Path(os.path.realpath(target)).name:
+        raise UsageError(f"{target} is the root of the file system; name a folder")
+    if os.path.ismount(os.path.realpath(target)):
+        raise UsageError(f"{target} is a mount point, which cannot move; name a folder inside it")
+    return target
 
 
 def check_target(source: Path, inputs: Iterable[Path], out: Path, removed: Iterable[Path]) -> None:
@@ -63,29 +76,17 @@ def check_replaceable(out: Path, known: Collection[str] | None) -> dict[str, Fil
     Raises:
         UsageError: something is in the way.
     """
-    if not out.is_dir() or not any(out.iterdir()):
+    if is_empty_or_absent(out):
         return None
     if known is None:
         raise UsageError(f"{out} is not empty; name a new folder, or empty that one")
-    found = {name: status for name, status in _walk(out)}
+    found = {n: status for n, status in below(out) if not stat.S_ISDIR(status.st_mode)}
     for name in sorted(found.keys() - set(known)):
         raise UsageError(
             f"{out} holds {name}, which is not part of the folded checkpoint there; "
             "move it elsewhere, or name a new folder"
         )
     return {name: FileState.of(status) for name, status in found.items()}
-
-
-def _walk(folder: Path) -> Iterable[tuple[str, os.stat_result]]:
-    """Everything below `folder` that is not a folder, by relative name; no link is followed."""
-    for above, _, names in os.walk(folder):
-        for name in names:
-            path = Path(above, name)
-            yield path.relative_to(folder).as_posix(), path.lstat()
-        for name in os.listdir(above):
-            path = Path(above, name)
-            if path.is_symlink() and path.is_dir():
-                yield path.relative_to(folder).as_posix(), path.lstat()
 
 
 def _identity(path: Path) -> Identity:
@@ -100,9 +101,6 @@ def _identities(folder: Path) -> Iterable[Identity]:
     except FileNotFoundError:
         return
     yield status.st_dev, status.st_ino
-    if not stat.S_ISDIR(status.st_mode):
-        return
-    for above, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            status = Path(above, name).lstat()
-            yield status.st_dev, status.st_ino
+    if stat.S_ISDIR(status.st_mode):
+        for _, inner in below(folder):
+            yield inner.st_dev, inner.st_ino

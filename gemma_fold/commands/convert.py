@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_fold.checkpoint.digest import open_digester, tensor_parts
+from gemma_fold.checkpoint.listing import is_empty_or_absent
 from gemma_fold.checkpoint.locate import open_source
 from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.checkpoint.source import CONFIG, Checkpoint
-from gemma_fold.checkpoint.staging import Staging, open_staging, settle, work_folder
-from gemma_fold.checkpoint.target import check_replaceable, check_target
+from gemma_fold.checkpoint.staging import Settled, Staging, open_staging, settle, work_folder
+from gemma_fold.checkpoint.target import check_replaceable, check_target, target_folder
 from gemma_fold.checkpoint.transfer import Transfer
 from gemma_fold.commands.plan import Plan, WeightPlan, plan_conversion
 from gemma_fold.errors import CheckpointError, UsageError
+from gemma_fold.format.digests import check_unchanged
 from gemma_fold.format.manifest import read_manifest
 from gemma_fold.format.names import CONVERTED, MANIFEST
 
@@ -69,8 +71,9 @@ def convert(
         tensor_lock: write gammas as [H, 1], which loaders unaware of the fold refuse.
         resume: continue an interrupted run.
         restart: discard an interrupted run and begin anew.
-        force: replace `out` where it is a folded checkpoint that `convert` made, and holds nothing
-            else; it stays in place until the new one is complete. An interrupted run is discarded.
+        force: replace `out` where it is a folded checkpoint that `convert` made, holds nothing
+            else, and was not changed since, by its digests; it stays in place until the new one is
+            complete. An interrupted run is discarded.
         digest: take a digest of every byte, for `verify` and `unfold`. Without, a reflinked copy
             reads nothing but the norms.
         dry_run: check everything, write nothing.
@@ -84,14 +87,16 @@ def convert(
         HostError: disk or permissions; what was done is kept for `resume`.
     """
     checkpoint = open_source(source)
-    target = Path(out)
+    target = target_folder(out)
     check_target(checkpoint.root, checkpoint.paths(), target, _removable(target, force=force))
-    finished = None if dry_run else settle(target)
+    settled = Settled() if dry_run else settle(target)
     plan = plan_conversion(checkpoint, tensor_lock=tensor_lock)
     plan_id, size = plan.digest(digests_taken=digest), plan.size(digests_taken=digest)
-    if resume and (finished == plan_id or plan.is_result(target)):
-        return _report(plan, target, size, {}, ())
+    if resume and (settled.plan == plan_id or plan.is_result(target)):
+        return _report(plan, target, size, {}, settled.notes)
     replaced = check_replaceable(target, _replaceable(target) if force else None)
+    if replaced is not None:
+        check_unchanged(target)
     if dry_run:
         return _report(plan, target, size, {}, ())
     progress = progress or Progress()
@@ -103,11 +108,12 @@ def convert(
             size=size - plan.holes(),
             resume=resume,
             restart=restart or force,
+            files=plan.files(),
             replaced=replaced,
         ) as staging,
     ):
         transfer = Transfer(checkpoint.root, staging, progress, digester if digest else None)
-        progress.start(size, _file_count(plan))
+        progress.start(size, len(plan.files()))
         for item in plan.weights:
             _write_folded(transfer, item)
         _copy_others(transfer, plan.checkpoint, staging)
@@ -117,7 +123,7 @@ def convert(
         manifest = plan.proven_manifest(transfer.digests if digest else {})
         transfer.write(MANIFEST, manifest.to_bytes())
         progress.finish()
-    return _report(plan, target, size, transfer.moved, staging.notes)
+    return _report(plan, target, size, transfer.moved, (*settled.notes, *staging.notes))
 
 
 def _removable(out: Path, *, force: bool) -> list[Path]:
@@ -130,7 +136,7 @@ def _replaceable(out: Path) -> frozenset[str] | None:
 
     Raises UsageError where something else is there, or a checkpoint that cannot be made again.
     """
-    if not out.is_dir() or not any(out.iterdir()):
+    if is_empty_or_absent(out):
         return None
     try:
         manifest = read_manifest(out)
@@ -145,11 +151,6 @@ def _replaceable(out: Path) -> frozenset[str] | None:
             "it is not replaced; name a new folder"
         )
     return frozenset({*manifest.files, CONFIG, MANIFEST})
-
-
-def _file_count(plan: Plan) -> int:
-    generated = 2 + (plan.index is not None)
-    return len(plan.weights) + len(plan.checkpoint.others) + generated
 
 
 def _write_folded(transfer: Transfer, item: WeightPlan) -> None:
@@ -184,7 +185,7 @@ def _report(
         model_type=plan.manifest.model_type,
         tensors=len(tensors),
         elements=sum(tensor.shape[0] for tensor in tensors),
-        files=_file_count(plan),
+        files=len(plan.files()),
         size=size,
         copied=copied,
         warnings=(*plan.warnings, *notes),

@@ -93,6 +93,10 @@ class Plan:
         digest.update(repr((sorted(states.items()), digests_taken)).encode())
         return digest.hexdigest()
 
+    def files(self) -> frozenset[str]:
+        """Every file of the folded checkpoint."""
+        return frozenset({*self.manifest.files, MANIFEST})
+
     def is_result(self, folder: Path) -> bool:
         """Whether `folder` is what this plan makes: by its manifest, which comes with the rest."""
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,10 +18,11 @@ from gemma_fold.checkpoint.digest import (
     tensor_parts,
     whole,
 )
+from gemma_fold.checkpoint.listing import below
 from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.checkpoint.source import CONFIG, Checkpoint, WeightFile, read_tensor
 from gemma_fold.checkpoint.staging import Staging, open_staging, settle, work_folder
-from gemma_fold.checkpoint.target import check_replaceable, check_target
+from gemma_fold.checkpoint.target import check_replaceable, check_target, target_folder
 from gemma_fold.checkpoint.transfer import Transfer
 from gemma_fold.commands.convert import ConversionReport
 from gemma_fold.errors import CheckpointError
@@ -58,12 +60,12 @@ def unfold(
         CheckpointError: a byte that the source had was changed since the conversion.
         UsageError, HostError: as `convert`.
     """
-    root, target = Path(folded), Path(out)
+    root, target = Path(folded), target_folder(out)
     checkpoint, manifest = open_folded(root)
     check_target(root, checkpoint.paths(), target, [work_folder(target)])
     plan = _plan(root, manifest)
-    finished = settle(target)
-    if not resume or not (finished == plan or _is_result(target, manifest)):
+    settled = settle(target)
+    if not resume or not (settled.plan == plan or _is_result(target, manifest)):
         check_replaceable(target, None)
         moved, notes = _write(
             checkpoint, manifest, target, plan, resume, restart, progress or Progress()
@@ -71,6 +73,7 @@ def unfold(
     else:
         moved, notes = {}, ()
     warnings = [
+        *settled.notes,
         *notes,
         *(
             f"{name} was not in the source and is left out"
@@ -119,7 +122,14 @@ def _write(
     holes = sum(hole_bytes(file.path, file.state.size) for file in checkpoint.weights)
     with (
         open_digester() as digester,
-        open_staging(target, plan, size=size - holes, resume=resume, restart=restart) as staging,
+        open_staging(
+            target,
+            plan,
+            size=size - holes,
+            resume=resume,
+            restart=restart,
+            files=manifest.files,
+        ) as staging,
     ):
         proof = _Proof(staging, digester)
         transfer = Transfer(checkpoint.root, staging, progress)
@@ -159,7 +169,7 @@ def _is_result(out: Path, manifest: Manifest) -> bool:
     """Whether `out` holds the source's files, byte for byte as far as digests are known."""
     if not out.is_dir():
         return False
-    found = {p.relative_to(out).as_posix(): p for p in out.rglob("*") if not p.is_dir()}
+    found = {n: out / n for n, status in below(out) if not stat.S_ISDIR(status.st_mode)}
     if found.keys() != manifest.files.keys():
         return False
     for name, path in found.items():

@@ -20,14 +20,13 @@ from gemma_fold.checkpoint.source import (
 )
 from gemma_fold.errors import CheckpointError
 from gemma_fold.format.arithmetic import fold
-from gemma_fold.format.digests import Digests
+from gemma_fold.format.digests import Digests, wrong_gammas
 from gemma_fold.format.manifest import Manifest, base_config, read_manifest
 from gemma_fold.format.names import ARCHITECTURE_PREFIX, MANIFEST
 from gemma_fold.format.reader import (
     folded_in,
     open_folded,
     original_header,
-    restore,
     untouched_runs,
 )
 from gemma_fold.rules import classify
@@ -85,7 +84,7 @@ def verify(
         *_check_rules(manifest),
         *_check_index(checkpoint, manifest),
         *_check_files(checkpoint, manifest),
-        *_check_gammas(checkpoint, manifest),
+        *wrong_gammas(checkpoint, manifest),
     ]
     proven = 0
     if source is None and not problems:
@@ -176,19 +175,6 @@ def _check_files(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
         original = manifest.files.get(name)
         if original is not None and original.size != size:
             yield f"{name}: {size} bytes, but the source had {original.size}"
-
-
-def _check_gammas(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
-    files = {file.name: file for file in checkpoint.weights}
-    for tensor in manifest.tensors.values():
-        gamma = read_tensor(files[tensor.file], tensor.name)
-        try:
-            raw = restore(tensor, gamma)
-        except CheckpointError as error:
-            yield str(error)
-            continue
-        if fold(raw, tensor.dtype, tensor.fold).tobytes() != gamma:
-            yield f"{tensor.name}: gamma is not the fold of the original weight"
 
 
 class _Comparison:

@@ -1,4 +1,4 @@
-"""Compare a folded checkpoint with the digests that were taken when it was written."""
+"""Is a folded checkpoint what was written? By the digests that were taken then."""
 
 from __future__ import annotations
 
@@ -8,8 +8,56 @@ from pathlib import Path
 
 from gemma_fold.checkpoint.digest import Part, digest_parts, digest_text, tensor_parts, whole
 from gemma_fold.checkpoint.progress import Progress
-from gemma_fold.checkpoint.source import CONFIG, Checkpoint, WeightFile
+from gemma_fold.checkpoint.source import CONFIG, Checkpoint, WeightFile, read_tensor
+from gemma_fold.errors import CheckpointError, UsageError
+from gemma_fold.format.arithmetic import fold
 from gemma_fold.format.manifest import Manifest, SourceFile
+from gemma_fold.format.reader import open_folded, restore
+
+
+def wrong_gammas(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
+    """A line for each gamma that is not the fold of the original weight."""
+    files = {file.name: file for file in checkpoint.weights}
+    for tensor in manifest.tensors.values():
+        gamma = read_tensor(files[tensor.file], tensor.name)
+        try:
+            raw = restore(tensor, gamma)
+        except CheckpointError as error:
+            yield str(error)
+            continue
+        if fold(raw, tensor.dtype, tensor.fold).tobytes() != gamma:
+            yield f"{tensor.name}: gamma is not the fold of the original weight"
+
+
+def check_unchanged(folder: Path) -> None:
+    """UsageError unless every byte of the folded checkpoint in `folder` is what `convert` wrote."""
+    try:
+        checkpoint, manifest = open_folded(folder)
+    except CheckpointError as error:
+        raise UsageError(f"{folder} was changed since, so it is not replaced ({error})") from error
+    if not manifest.intact or not _has_every_digest(manifest):
+        raise UsageError(
+            f"{folder} was converted without digests, so whether it was changed since cannot be "
+            "known, and it is not replaced; move it elsewhere, or name a new folder"
+        )
+    digests = Digests(checkpoint, manifest, Progress())
+    for problem in (*wrong_gammas(checkpoint, manifest), *digests.check()):
+        raise UsageError(
+            f"{folder} was changed since it was converted, so it is not replaced ({problem}); "
+            "move it elsewhere, or name a new folder"
+        )
+
+
+def _has_every_digest(manifest: Manifest) -> bool:
+    """Whether a change of any file would be seen."""
+    for name, file in manifest.files.items():
+        if file.header is not None:
+            known = file.tensors is not None and file.folded_header is not None
+        else:
+            known = file.blake3 is not None or name in manifest.written
+        if not known:
+            return False
+    return True
 
 
 class Digests:
