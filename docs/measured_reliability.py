@@ -40,12 +40,12 @@ def fuzz() -> str:
     """Executions and findings of each target."""
     found: dict[str, Any] = json.loads((DATA / "fuzz.json").read_text())
     rows = [
-        (name, f"{target['executions']:,}", target["processes"], len(target["findings"]))
+        (name, f"{target['executions']:,}", len(target["findings"]), f"`{target['commit']}`")
         for name, target in found["targets"].items()
     ]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return (
-        f"{table(('reader', 'executions', 'processes', 'findings'), rows)}\n\n"
+        f"{table(('reader', 'executions', 'findings', 'commit'), rows)}\n\n"
         f"{found['executions']:,} executions, {found['findings']} findings in "
-        f"{found['seconds']:.0f} s ({versions}, commit `{found['commit'][:12]}`)."
+        f"{found['seconds']:.0f} s of 16 processes ({versions})."
     )
