@@ -549,14 +549,57 @@ class TestSaving:
         assert plain.keys() == back.keys()
         assert all(torch.equal(tensor, back[name]) for name, tensor in plain.items())
 
-    def test_over_a_save_that_was_killed(self, folded: Path, tmp_path: Path) -> None:
+    def test_files_of_a_user_stay(self, folded: Path, tmp_path: Path) -> None:
         target = tmp_path / "saved"
-        target.mkdir()
-        (target / "gemma_fold.json.partial").write_text("{")
-        (target / "config.json.partial").write_text("{")
-        gemma_fold.load(folded).save_pretrained(target)
-        assert verify(target).problems == ()
-        assert not list(target.glob("*.partial"))
+        (target / "runs").mkdir(parents=True)
+        for name in ("config.json.partial", "runs/config.json", "model-2.safetensors.txt"):
+            (target / name).write_text("mine")
+        for _ in range(2):
+            gemma_fold.load(folded).save_pretrained(target)
+            assert verify(target).problems == ()
+        for name in ("config.json.partial", "runs/config.json", "model-2.safetensors.txt"):
+            assert (target / name).read_text() == "mine"
+
+    @pytest.mark.parametrize("place", ["the folder itself", ".", "a link"])
+    def test_into_the_folder_it_was_loaded_from(
+        self, place: str, folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copy = Path(shutil.copytree(folded, tmp_path / "copy"))
+        (tmp_path / "link").symlink_to(copy)
+        monkeypatch.chdir(copy)
+        model = gemma_fold.load(copy)
+        target = {".": ".", "a link": tmp_path / "link"}.get(place, copy)
+        model.save_pretrained(target, max_shard_size="20KB")
+        assert verify(copy).problems == () and len(list(copy.glob("*.safetensors"))) > 1
+        gemma_fold.load(copy).save_pretrained(target)
+        assert verify(copy).problems == () and len(list(copy.glob("*.safetensors"))) == 1
+        assert torch.equal(logits(gemma_fold.load(copy)), logits(gemma_fold.load(folded)))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"]
+
+    @pytest.mark.parametrize("kind", ["file", "link to nothing", "root", "empty name"])
+    def test_into_what_is_no_folder(
+        self, kind: str, folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target: Path | str = tmp_path / "target"
+        if kind == "file":
+            Path(target).write_text("mine")
+        elif kind == "link to nothing":
+            Path(target).symlink_to("nowhere")
+        else:
+            target = "/" if kind == "root" else ""
+        monkeypatch.chdir(tmp_path)
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(UsageError):
+            gemma_fold.load(folded).save_pretrained(target)
+        assert sorted(tmp_path.iterdir()) == before
+
+    def test_plain_save_that_fails_leaves_the_folded_checkpoint_whole(
+        self, folded: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copy = Path(shutil.copytree(folded, tmp_path / "copy"))
+        with pytest.raises(TypeError):
+            original(source).save_pretrained(copy, max_shard_size=[])
+        assert verify(copy).problems == ()
 
     def test_over_an_earlier_save(self, folded: Path, source: Path, tmp_path: Path) -> None:
         target = tmp_path / "saved"

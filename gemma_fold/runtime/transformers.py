@@ -46,6 +46,7 @@ from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.utils import cached_file  # noqa: E402
 
+from gemma_fold.checkpoint.target import target_folder  # noqa: E402
 from gemma_fold.runtime.fold_model import adopt_norms  # noqa: E402
 from gemma_fold.runtime.lent_config import install, lend, release  # noqa: E402
 from gemma_fold.runtime.norm import FoldedNorm  # noqa: E402
@@ -220,10 +221,12 @@ def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(self, "_hf_peft_config_loaded", False):  # saves its adapters only
             return original(self, save_directory, *args, **kwargs)
         if not any(isinstance(module, FoldedNorm) for module in self.modules()):
-            (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # of what was there before
-            return original(self, save_directory, *args, **kwargs)
+            result = original(self, save_directory, *args, **kwargs)
+            # Of what was there before; a save that fails may have left the rest of it, too.
+            (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
+            return result
         bound = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
-        return save_folded(original, self, Path(save_directory), bound)
+        return save_folded(original, self, target_folder(save_directory), bound)
 
     return save_pretrained
 
