@@ -593,13 +593,21 @@ class TestSaving:
             gemma_fold.load(folded).save_pretrained(target)
         assert sorted(tmp_path.iterdir()) == before
 
-    def test_plain_save_that_fails_leaves_the_folded_checkpoint_whole(
-        self, folded: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_plain_save_that_fails_removes_no_manifest(
+        self, folded: Path, source: Path, tmp_path: Path
     ) -> None:
         copy = Path(shutil.copytree(folded, tmp_path / "copy"))
         with pytest.raises(TypeError):
             original(source).save_pretrained(copy, max_shard_size=[])
-        assert verify(copy).problems == ()
+        manifest = (copy / "gemma_fold.json").read_bytes()
+        assert manifest == (folded / "gemma_fold.json").read_bytes()
+        original(source).save_pretrained(copy)
+        assert not (copy / "gemma_fold.json").exists()
+        original(source).save_pretrained(tmp_path / "file")
+        (tmp_path / "file").rename(tmp_path / "folder")
+        (tmp_path / "file").write_text("mine")
+        original(source).save_pretrained(tmp_path / "file")  # logs an error, as it always does
+        assert (tmp_path / "file").read_text() == "mine"
 
     def test_over_an_earlier_save(self, folded: Path, source: Path, tmp_path: Path) -> None:
         target = tmp_path / "saved"

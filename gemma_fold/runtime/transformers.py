@@ -19,6 +19,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,8 @@ def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
         if not any(isinstance(module, FoldedNorm) for module in self.modules()):
             result = original(self, save_directory, *args, **kwargs)
             # Of what was there before; a save that fails may have left the rest of it, too.
-            (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                (Path(save_directory) / MANIFEST).unlink()
             return result
         bound = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
         return save_folded(original, self, target_folder(save_directory), bound)
