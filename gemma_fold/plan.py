@@ -13,6 +13,7 @@ from gemma_fold.checkpoint.digest import tensor_parts, whole
 from gemma_fold.checkpoint.header import TensorEntry
 from gemma_fold.checkpoint.hub import cached_sha256
 from gemma_fold.checkpoint.layout import Layout, replace_tensors
+from gemma_fold.checkpoint.listing import below
 from gemma_fold.checkpoint.source import (
     CONFIG,
     MANIFEST,
@@ -67,10 +68,16 @@ class Plan:
 
     def size(self, *, digests_taken: bool) -> int:
         """Bytes that the folded checkpoint will occupy."""
-        texts = len(self.config) + len(self.index or b"")
-        others = sum(state.size for state in self.checkpoint.others.values())
-        files = sum(item.size for item in self.weights) + others + texts
-        return files + len(self.proven_manifest(self._no_digests() if digests_taken else {}))
+        manifest = self.proven_manifest(self._no_digests() if digests_taken else {})
+        return sum(self._sizes().values()) + len(manifest)
+
+    def _sizes(self) -> dict[str, int]:
+        """Of every file but the manifest."""
+        sizes = {name: state.size for name, state in self.checkpoint.others.items()}
+        sizes |= {item.file.name: item.size for item in self.weights}
+        if self.index is not None and self.checkpoint.index_name is not None:
+            sizes[self.checkpoint.index_name] = len(self.index)
+        return sizes | {CONFIG: len(self.config)}
 
     def _no_digests(self) -> dict[str, dict[str, str]]:
         """Digests of the right length for everything that will get one."""
@@ -98,7 +105,12 @@ class Plan:
         return frozenset({*self.manifest.files, MANIFEST})
 
     def is_result(self, folder: Path) -> bool:
-        """Whether `folder` is what this plan makes: by its manifest, which comes with the rest."""
+        """Whether `folder` is what this plan makes: by its manifest, and the sizes of the rest."""
+        if not folder.is_dir():
+            return False
+        sizes = {name: status.st_size for name, status in below(folder)}
+        if any(sizes.get(name) != size for name, size in self._sizes().items()):
+            return False
         try:
             found = read_manifest(folder)
         except CheckpointError:

@@ -693,3 +693,15 @@ def test_unfold_onto_its_own_folder(tmp_path: Path) -> None:
     assert tree(out) == before
     unfold(out, tmp_path / "back")
     assert tree(tmp_path / "back") == tree(source)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "2_Dense/config.json", "config.json"])
+def test_resuming_what_has_lost_a_file_is_not_finished(name: str, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model")
+    out = tmp_path / "out"
+    convert(source, out)
+    (out / name).unlink()
+    before = tree(out)
+    with pytest.raises(UsageError, match="not empty"):
+        convert(source, out, resume=True)
+    assert tree(out) == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gemma_fold.diff.run import Options, check_folder, diff
+from gemma_fold.diff.run import Options, check_writable, diff
 from gemma_fold.diff.verdict import Limits, Report
 from gemma_fold.progress import Progress
 
@@ -26,9 +26,9 @@ def run(
     `options` are those of `Options`. Raises what `diff` raises.
     """
     if html is not None:
-        from gemma_fold.diff.html import check_can_render, write_html
+        from gemma_fold.diff.html import check_can_render, is_page, write_html
 
-        check_folder(html, "--html")
+        check_writable(html, "--html", is_page)
         check_can_render()
     limits = Limits(max_kl, max_ulp)
     report = diff(a, b, Options(engines=engine, limits=limits, **options), progress)
