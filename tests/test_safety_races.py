@@ -705,3 +705,24 @@ def test_resuming_what_has_lost_a_file_is_not_finished(name: str, tmp_path: Path
     with pytest.raises(UsageError, match="not empty"):
         convert(source, out, resume=True)
     assert tree(out) == before
+
+
+@pytest.mark.parametrize("command", ["convert", "unfold"])
+@pytest.mark.parametrize("kind", ["gone", "changed"])
+def test_nothing_is_published_that_was_not_written(kind: str, command: str, tmp_path: Path) -> None:
+    """As where a case-insensitive disk takes two names for one."""
+    source, out = write_checkpoint(tmp_path / "model", shards=2), tmp_path / "out"
+    convert(source, tmp_path / "folded")
+    action, given = (convert, source) if command == "convert" else (unfold, tmp_path / "folded")
+
+    def meddle() -> None:
+        path = work_folder(out) / "new/model-00001-of-00002.safetensors"
+        path.unlink()
+        if kind == "changed":
+            path.write_text("mine")
+
+    with pytest.raises(EnvironmentProblem, match="not what was written"):
+        action(given, out, progress=AtFile(3, meddle))
+    assert not out.exists()
+    action(given, out, resume=True)
+    assert tree(out) == tree(tmp_path / "folded" if command == "convert" else source)

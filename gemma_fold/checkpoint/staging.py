@@ -288,11 +288,14 @@ class Staging:
         try:
             yield descriptor
             os.fsync(descriptor)
-            done = Done(FileState.of(os.fstat(descriptor)), digests or {})
-            self._journal.done(name, done)
-            self._done[name] = done
         finally:
             os.close(descriptor)
+        status = self.folder.status(name)  # network file systems set the times when it is closed
+        if status is None:
+            raise FileNotFoundError(errno.ENOENT, f"{name} has vanished")
+        done = Done(FileState.of(status), digests or {})
+        self._journal.done(name, done)
+        self._done[name] = done
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file."""
@@ -318,6 +321,7 @@ class Staging:
         """Make the folder appear under its final name, complete."""
         if self._moving:
             return  # by `merge`
+        self._check_complete()
         self.folder.sync()
         publication = Publication(os.fstat(self.folder.descriptor).st_ino, replaced)
         self._journal.publish(publication)
@@ -330,6 +334,20 @@ class Staging:
                 f"{self._place.work.path} could not be removed ({error.strerror}); "
                 "the next run for the same folder does it"
             )
+
+    def _check_complete(self) -> None:
+        """EnvironmentProblem unless every file is what was written."""
+        for name in sorted(self._files or ()):
+            done, status = self._done.get(name), self.folder.status(name)
+            if (
+                done is None
+                or status is None
+                or (done.state.size, done.state.inode) != (status.st_size, status.st_ino)
+            ):
+                raise EnvironmentProblem(
+                    f"{self.folder.path / name} is not what was written: something changed it, or "
+                    f"the disk takes another file's name for its own; {self._place.again}"
+                )
 
     def discard(self) -> None:
         """Remove what was written, unless some of it may have been published."""
