@@ -96,6 +96,18 @@ class Folder:
         """What lies in the folder itself."""
         return sorted(os.listdir(self.descriptor))
 
+    def files(self) -> list[str]:
+        """Every file in the folder and below, by relative name."""
+        found: list[str] = []
+        for name in self.names():
+            status = self.status(name)
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                with self.open(name) as inner:
+                    found += (f"{name}/{below}" for below in inner.files())
+            elif status is not None:
+                found.append(name)
+        return found
+
     def sync(self, *, files: bool = False) -> None:
         """Bring the folder's entries, and those of all folders below it, to the disk.
 

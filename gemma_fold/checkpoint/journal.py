@@ -15,13 +15,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_fold.checkpoint.folder import Folder
+from gemma_fold.checkpoint.merge import Merge
+from gemma_fold.checkpoint.names import check_name
 from gemma_fold.checkpoint.source import FileState
+from gemma_fold.errors import CheckpointError
 
 JOURNAL = "journal"
 _MARKER = "gemma-fold work folder"
 _BEGINNING = json.dumps({"marker": _MARKER}).encode()[:-1]
 _MAX_SIZE = 1 << 28  # bytes
-_INVALID = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
+_INVALID = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    CheckpointError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,7 @@ class Entries:
     files: frozenset[str] | None  # all that the run may write; None where it does not know
     done: Mapping[str, Done]
     publication: Publication | None
+    merge: Merge | None
     size: int  # bytes of whole lines; what follows is a torn one
 
 
@@ -69,7 +81,8 @@ def read_journal(work: Folder) -> Entries | None:
         plan, files = _begun(json.loads(marker))
     except _INVALID:
         return None
-    done, publication, size = {}, None, len(marker)
+    done: dict[str, Done] = {}
+    publication, merge, size = None, None, len(marker)
     for line in lines:
         try:
             entry = json.loads(line) if line.endswith(b"\n") else {}
@@ -77,12 +90,14 @@ def read_journal(work: Folder) -> Entries | None:
                 done[str(entry["done"])] = _done(entry)
             elif "publish" in entry:
                 publication = _publication(entry)
+            elif "merge" in entry:
+                merge = _merge(entry)
             else:
                 break
         except _INVALID:
             break
         size += len(line)
-    return Entries(plan, files, done, publication, size)
+    return Entries(plan, files, done, publication, merge, size)
 
 
 def is_torn_marker(work: Folder) -> bool:
@@ -126,8 +141,13 @@ class Journal:
     def publish(self, publication: Publication) -> None:
         """Note what is about to be published, and what it replaces."""
         replaced = publication.replaced
-        listed = None if replaced is None else {n: _state_json(s) for n, s in replaced.items()}
+        listed = None if replaced is None else _states_json(replaced)
         self._record({"publish": publication.inode, "replaced": listed})
+
+    def merge(self, merge: Merge) -> None:
+        """Note what is about to be moved, and what it replaces."""
+        replaced = _states_json(merge.replaced)
+        self._record({"merge": merge.into, "written": merge.written, "replaced": replaced})
 
     def close(self) -> None:
         """Close the file."""
@@ -151,6 +171,14 @@ def _state_json(state: FileState) -> list[int]:
     return [state.size, state.mtime_ns, state.ctime_ns, state.inode]
 
 
+def _states_json(states: Mapping[str, FileState]) -> dict[str, list[int]]:
+    return {name: _state_json(state) for name, state in states.items()}
+
+
+def _states(value: Mapping[str, Any]) -> dict[str, FileState]:
+    return {name: FileState(*state) for name, state in value.items()}
+
+
 def _done(entry: Mapping[str, Any]) -> Done:
     digests = {str(part): str(digest) for part, digest in entry["digests"].items()}
     return Done(FileState(*entry["state"]), digests)
@@ -158,5 +186,9 @@ def _done(entry: Mapping[str, Any]) -> Done:
 
 def _publication(entry: Mapping[str, Any]) -> Publication:
     replaced = entry["replaced"]
-    listed = None if replaced is None else {n: FileState(*s) for n, s in replaced.items()}
-    return Publication(int(entry["publish"]), listed)
+    return Publication(int(entry["publish"]), None if replaced is None else _states(replaced))
+
+
+def _merge(entry: Mapping[str, Any]) -> Merge:
+    written = tuple(check_name(name, JOURNAL) for name in entry["written"])
+    return Merge(int(entry["merge"]), written, _states(entry["replaced"]))

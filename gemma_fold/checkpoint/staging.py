@@ -18,7 +18,7 @@ import fcntl
 import hashlib
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from gemma_fold.checkpoint.journal import (
     is_torn_marker,
     read_journal,
 )
+from gemma_fold.checkpoint.merge import GOES, Merge, conflict, finish_merge, plan_merge
 from gemma_fold.checkpoint.rename import exchange, rename_new
 from gemma_fold.checkpoint.source import FileState
 from gemma_fold.errors import HostError, UsageError
@@ -96,10 +97,14 @@ class _Place:
     parent: Folder
     work: Folder
     out: Path
+    again: str = "run again with --resume"
     notes: list[str] = field(default_factory=list)
 
     def settle(self, entries: Entries) -> bool:
-        """Finish a publication that was cut off; whether its result stands at OUT."""
+        """Finish what was cut off; whether a publication's result stands at OUT."""
+        if entries.merge is not None:
+            self.settle_merge(entries.merge, entries.files)
+            return False
         publication = entries.publication
         if publication is None or not self.has_moved(publication):
             return False
@@ -116,6 +121,31 @@ class _Place:
         self.clean_up(publication, entries.files)
         return out is not None and out.st_ino == publication.inode
 
+    def settle_merge(self, merge: Merge, files: frozenset[str] | None) -> None:
+        """Finish a merge that was cut off, or keep its files where OUT is not what it was."""
+        out = self.parent.status(self.out.name)
+        same = out is not None and out.st_ino == merge.into
+        if self.work.status(_NEW) is not None and not (same and self._finish(merge)):
+            if self.work.status(GOES) is not None:
+                with self.work.open(_NEW) as new:
+                    rename_new(self.work, GOES, new, GOES)
+            self._keep_aside(_NEW, f"a save over {self.out} was interrupted; the rest of it is")
+        self.remove_work(files)
+
+    def merge(self, merge: Merge, files: frozenset[str] | None) -> None:
+        """Move the files of `new` into OUT, and remove the work folder."""
+        with self.work.open(_NEW) as new, self.parent.open(self.out.name) as out:
+            finish_merge(self.work, new, out, merge)
+        self.remove_work(files)
+
+    def _finish(self, merge: Merge) -> bool:
+        """Go on with a merge; False where something else is in its way now."""
+        with self.work.open(_NEW) as new, self.parent.open(self.out.name) as out:
+            if conflict(new, out, merge) is not None:
+                return False
+            finish_merge(self.work, new, out, merge)
+            return True
+
     def has_moved(self, publication: Publication) -> bool:
         """Whether a rename of this publication was done, so that `new` is no longer the result."""
         new = self.work.status(_NEW)
@@ -123,6 +153,13 @@ class _Place:
             return True
         # Without something to replace, nothing ever takes the place of `new`: this one is a copy.
         return new.st_ino != publication.inode and publication.replaced is not None
+
+    def is_half_done(self, entries: Entries) -> bool:
+        """Whether there is something left to settle."""
+        publication = entries.publication
+        return entries.merge is not None or (
+            publication is not None and self.has_moved(publication)
+        )
 
     def publish(self, publication: Publication) -> None:
         """Move `new` to OUT, exchanging it for what is to be replaced."""
@@ -134,7 +171,7 @@ class _Place:
                 raise HostError(
                     f"{self.out} appeared while this run was writing, and was not touched; "
                     f"the finished run is kept in {self.work.path}: move {self.out} elsewhere, "
-                    "then run again with --resume"
+                    f"then {self.again}"
                 ) from None
         elif not exchange(self.work, _NEW, self.parent, name):
             self._replace()
@@ -161,7 +198,9 @@ class _Place:
             if not stat.S_ISDIR(status.st_mode) or not self.work.remove_owned(
                 name, lambda path, found: listed.get(path) == FileState.of(found)
             ):
-                self._keep_aside(name)
+                self._keep_aside(
+                    name, f"the replaced {self.out} held files that were not part of it; they are"
+                )
         if not self.remove_work(files):
             self.notes.append(
                 f"{self.work.path} holds files that gemma-fold did not write; move them elsewhere"
@@ -187,26 +226,24 @@ class _Place:
         """
         if self.work.status(_OLD) is not None or not self.remove_new(files) or self.strangers():
             return False
-        with suppress(FileNotFoundError):
-            os.unlink(JOURNAL, dir_fd=self.work.descriptor)
+        for name in (GOES, JOURNAL):
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self.work.descriptor)
         os.rmdir(self.work.path.name, dir_fd=self.parent.descriptor)
         return True
 
     def strangers(self) -> list[str]:
         """What lies in the work folder beside what a run puts there."""
-        return [name for name in self.work.names() if name not in (JOURNAL, _NEW, _OLD)]
+        return [name for name in self.work.names() if name not in (JOURNAL, _NEW, _OLD, GOES)]
 
-    def _keep_aside(self, name: str) -> None:
-        """Give what is left of the replaced folder a name that its owner sees."""
+    def _keep_aside(self, name: str, what: str) -> None:
+        """Give a folder or file with bytes of the user's a name that its owner sees."""
         for number in range(1, 1000):
             kept = f"{_shortened(self.out.name)}.replaced" + (f"-{number}" if number > 1 else "")
             if self.parent.status(kept) is None:
                 with suppress(FileExistsError):
                     rename_new(self.work, name, self.parent, kept)
-                    self.notes.append(
-                        f"the replaced {self.out} held files that were not part of it; "
-                        f"they are kept in {self.parent.path / kept}"
-                    )
+                    self.notes.append(f"{what} kept in {self.parent.path / kept}")
                     return
         raise FileExistsError(errno.EEXIST, f"{self.out.name}.replaced and 998 more are taken")
 
@@ -225,8 +262,7 @@ class Staging:
         self._journal = journal
         self._done = dict(done)
         self._files = files
-        self._abandoned = False
-        self._publishing = False
+        self._moving = False
         with place.work.open(_NEW) as new:
             self.folder = Folder(os.dup(new.descriptor), new.path)
 
@@ -252,11 +288,14 @@ class Staging:
         try:
             yield descriptor
             os.fsync(descriptor)
-            done = Done(FileState.of(os.fstat(descriptor)), digests or {})
-            self._journal.done(name, done)
-            self._done[name] = done
         finally:
             os.close(descriptor)
+        status = self.folder.status(name)  # network file systems set the times when it is closed
+        if status is None:
+            raise FileNotFoundError(errno.ENOENT, f"{name} has vanished")
+        done = Done(FileState.of(status), digests or {})
+        self._journal.done(name, done)
+        self._done[name] = done
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file."""
@@ -265,19 +304,28 @@ class Staging:
             while view:
                 view = view[os.write(descriptor, view) :]
 
-    def abandon(self) -> None:
-        """Publish nothing: what was written is used up, and the work folder goes."""
-        self._abandoned = True
+    def merge(self, is_stale: Callable[[str], bool]) -> None:
+        """Instead of publishing, move the files into OUT, which holds others that stay.
+
+        Args:
+            is_stale: whether a file at the top of OUT goes, though none of its name was written.
+        """
+        self.folder.sync(files=True)
+        with self._place.parent.open(self._place.out.name) as out:
+            merge = plan_merge(out, self.folder.files(), is_stale)
+        self._journal.merge(merge)
+        self._moving = True
+        self._place.merge(merge, self._files)
 
     def publish(self, replaced: Mapping[str, FileState] | None) -> None:
         """Make the folder appear under its final name, complete."""
-        if self._abandoned:
-            self._place.remove_work(self._files)
-            return
+        if self._moving:
+            return  # by `merge`
+        self._check_complete()
         self.folder.sync()
         publication = Publication(os.fstat(self.folder.descriptor).st_ino, replaced)
         self._journal.publish(publication)
-        self._publishing = True  # from here on `new` may be what was replaced
+        self._moving = True  # from here on `new` may be what was replaced
         self._place.publish(publication)
         try:
             self._place.clean_up(publication, self._files)
@@ -287,9 +335,23 @@ class Staging:
                 "the next run for the same folder does it"
             )
 
+    def _check_complete(self) -> None:
+        """HostError unless every file is what was written."""
+        for name in sorted(self._files or ()):
+            done, status = self._done.get(name), self.folder.status(name)
+            if (
+                done is None
+                or status is None
+                or (done.state.size, done.state.inode) != (status.st_size, status.st_ino)
+            ):
+                raise HostError(
+                    f"{self.folder.path / name} is not what was written: something changed it, or "
+                    f"the disk takes another file's name for its own; {self._place.again}"
+                )
+
     def discard(self) -> None:
         """Remove what was written, unless some of it may have been published."""
-        if not self._publishing:
+        if not self._moving:
             with suppress(OSError):  # what led here is the error to tell
                 self._place.remove_work(self._files)
 
@@ -309,6 +371,7 @@ def open_staging(
     restart: bool,
     files: Collection[str] | None = None,
     replaced: Mapping[str, FileState] | None = None,
+    again: str = "run again with --resume",
 ) -> Iterator[Staging]:
     """Lock and open the work folder of `out` for the work that the digest `plan` identifies.
 
@@ -324,6 +387,7 @@ def open_staging(
         files: all that may be written, so that nothing else is removed; None where that is not
             known.
         replaced: state of every file of the folder that stands at `out` and is to be replaced.
+        again: what a message tells the user to do after the disk was in the way.
 
     Raises:
         UsageError: an interrupted run, or something that is not ours, is in the way.
@@ -331,11 +395,11 @@ def open_staging(
             by another process.
     """
     path = work_folder(out)
-    with _explained(path), _made_parents(path.parent), open_folder(path.parent) as parent:
+    with _explained(path, again), _made_parents(path.parent), open_folder(path.parent) as parent:
         with suppress(FileExistsError):
             os.mkdir(path.name, dir_fd=parent.descriptor)
         with _locked(parent, path) as work:
-            place = _Place(parent, work, Path(os.path.realpath(out)))
+            place = _Place(parent, work, Path(os.path.realpath(out)), again)
             entries = _admit(place, plan, size, resume=resume, restart=restart)
             staging = _begin(place, plan, entries, None if files is None else frozenset(files))
             try:
@@ -358,14 +422,12 @@ def _admit(place: _Place, plan: str, size: int, *, resume: bool, restart: bool) 
         raise UsageError(
             f"{work.path} was not made by gemma-fold, and was not touched; move it elsewhere"
         )
-    if work.status(_OLD) is not None or (
-        entries is not None
-        and entries.publication is not None
-        and place.has_moved(entries.publication)
-    ):
-        raise HostError(f"{work.path} holds what {place.out} was before another run; run once more")
     for name in place.strangers():
         raise UsageError(f"{work.path / name} was not made by gemma-fold; move it elsewhere")
+    if work.status(_OLD) is not None or (entries is not None and place.is_half_done(entries)):
+        raise HostError(
+            f"another run was stopped while it moved files to {place.out}; run once more"
+        )
     if entries is not None and not restart:
         if not resume:
             raise UsageError(
@@ -460,19 +522,19 @@ def _made_parents(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path, again: str = "run again with --resume") -> Iterator[None]:
     """Turn the system's refusal to write into one line that says what to do."""
     try:
         yield
     except OSError as error:
         advice = {
-            errno.ENOSPC: "free some space, then run again with --resume",
-            errno.EDQUOT: "free some of your quota, then run again with --resume",
+            errno.ENOSPC: f"free some space, then {again}",
+            errno.EDQUOT: f"free some of your quota, then {again}",
             errno.EROFS: "choose a writable disk",
             errno.EACCES: "choose a folder you may write to",
             errno.EPERM: "choose a folder you may write to",
             errno.EEXIST: "move what has these names elsewhere",
             errno.ELOOP: "something not made by gemma-fold has this name: move it elsewhere",
             errno.ENOTDIR: "something not made by gemma-fold has this name: move it elsewhere",
-        }.get(error.errno or 0, "check the disk, then run again with --resume")
+        }.get(error.errno or 0, f"check the disk, then {again}")
         raise HostError(f"cannot write {path}: {error.strerror}; {advice}") from error

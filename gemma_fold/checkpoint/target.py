@@ -25,9 +25,20 @@ def target_folder(out: str | os.PathLike[str]) -> Path:
     target = Path(out)
     if not Path(os.path.realpath(target)).name:
         raise UsageError(f"{target} is the root of the file system; name a folder")
-    if os.path.ismount(os.path.realpath(target)):
+    if _is_mount(os.path.realpath(target)):
         raise UsageError(f"{target} is a mount point, which cannot move; name a folder inside it")
     return target
+
+
+def _is_mount(path: str) -> bool:
+    """Whether something is mounted at `path`; a folder of the same file system looks like none."""
+    try:
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            points = {line.split()[4] for line in mounts}
+    except OSError:
+        points = set()
+    escaped = b"".join(b"\\%03o" % c if c in b" \t\n\\" else bytes([c]) for c in os.fsencode(path))
+    return os.path.ismount(path) or escaped in points
 
 
 def check_target(source: Path, inputs: Iterable[Path], out: Path, removed: Iterable[Path]) -> None:

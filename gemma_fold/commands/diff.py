@@ -7,7 +7,7 @@ from typing import Any
 
 from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.compare.report.verdict import DiffLimits, DiffReport
-from gemma_fold.compare.run import DiffOptions, check_folder, diff
+from gemma_fold.compare.run import DiffOptions, check_writable, diff
 
 
 def run(
@@ -26,9 +26,9 @@ def run(
     `options` are those of `DiffOptions`. Raises what `diff` raises.
     """
     if html is not None:
-        from gemma_fold.compare.report.html import check_can_render, write_html
+        from gemma_fold.compare.report.html import check_can_render, is_page, write_html
 
-        check_folder(html, "--html")
+        check_writable(html, "--html", is_page)
         check_can_render()
     limits = DiffLimits(max_kl, max_ulp)
     report = diff(a, b, DiffOptions(engines=engine, limits=limits, **options), progress)

@@ -14,6 +14,7 @@ from gemma_fold.checkpoint.digest import digest_text, tensor_parts, whole
 from gemma_fold.checkpoint.header import TensorEntry
 from gemma_fold.checkpoint.hub import cached_sha256
 from gemma_fold.checkpoint.layout import Layout, replace_tensors
+from gemma_fold.checkpoint.listing import below
 from gemma_fold.checkpoint.source import CONFIG, Checkpoint, WeightFile, read_tensor, resized_index
 from gemma_fold.errors import AlreadyFoldedError, CheckpointError
 from gemma_fold.format.arithmetic import count_non_finite, find_exceptions, fold, is_foldable_dtype
@@ -61,15 +62,20 @@ class Plan:
 
     def size(self, *, digests_taken: bool) -> int:
         """Bytes that the folded checkpoint will occupy."""
-        texts = len(self.config) + len(self.index or b"")
-        others = sum(state.size for state in self.checkpoint.others.values())
-        files = sum(item.size for item in self.weights) + others + texts
         manifest = self.proven_manifest(self._no_digests() if digests_taken else {})
-        return files + sum(map(len, manifest.chunks()))
+        return sum(self._sizes().values()) + sum(map(len, manifest.chunks()))
 
     def holes(self) -> int:
         """Bytes of `size` that are holes in the source's files, and stay holes."""
         return sum(hole_bytes(item.file.path, item.file.state.size) for item in self.weights)
+
+    def _sizes(self) -> dict[str, int]:
+        """Of every file but the manifest."""
+        sizes = {name: state.size for name, state in self.checkpoint.others.items()}
+        sizes |= {item.file.name: item.size for item in self.weights}
+        if self.index is not None and self.checkpoint.index_name is not None:
+            sizes[self.checkpoint.index_name] = len(self.index)
+        return sizes | {CONFIG: len(self.config)}
 
     def _no_digests(self) -> dict[str, dict[str, str]]:
         """Digests of the right length for everything that will get one."""
@@ -98,7 +104,12 @@ class Plan:
         return frozenset({*self.manifest.files, MANIFEST})
 
     def is_result(self, folder: Path) -> bool:
-        """Whether `folder` is what this plan makes: by its manifest, which comes with the rest."""
+        """Whether `folder` is what this plan makes: by its manifest, and the sizes of the rest."""
+        if not folder.is_dir():
+            return False
+        sizes = {name: status.st_size for name, status in below(folder)}
+        if any(sizes.get(name) != size for name, size in self._sizes().items()):
+            return False
         try:
             found = read_manifest(folder)
         except CheckpointError:

@@ -159,15 +159,24 @@ def _check(options: DiffOptions, a: str, b: str, engines: tuple[str, str]) -> No
         raise UsageError("--save-logits and --logits need outputs; leave out --no-outputs")
     if options.context < 2:
         raise UsageError(f"--context {options.context} is too short; two tokens are the least")
-    check_folder(options.save_logits, "--save-logits")
+    if options.save_logits is not None:
+        check_writable(options.save_logits, "--save-logits", _is_logits)
 
 
-def check_folder(path: Path | None, option: str) -> None:
-    """UsageError unless the folder that `path` is to be written into exists."""
-    if path is not None and not path.absolute().parent.is_dir():
+def check_writable(path: Path, option: str, is_ours: Callable[[Path], bool]) -> None:
+    """UsageError unless `path` can be written without the loss of a file that is not `is_ours`."""
+    if not path.absolute().parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}; make it first")
-    if path is not None and path.is_dir():
+    if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; give a file name")
+    if path.is_file() and not is_ours(path):
+        raise UsageError(f"{option} {path} is there and was not written by diff; name another file")
+
+
+def _is_logits(path: Path) -> bool:
+    """Whether a file may be one that `--save-logits` wrote."""
+    with open(path, "rb") as file:
+        return b"gemma_fold.diff" in file.read(1 << 20) or path.stat().st_size == 0
 
 
 def _plan_outputs(

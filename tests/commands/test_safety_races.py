@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -538,7 +539,145 @@ def test_out_that_would_endanger_something(case: str, options: list[str], tmp_pa
     assert not list(above.rglob("*gemma-fold"))
 
 
-# --- save_pretrained's neighbours -----------------------------------------------------------------
+# --- a model that is saved over another -----------------------------------------------------------
+
+OLD = {"config.json": "old", "model-1.st": "old", "model-2.st": "old", "notes.txt": "mine"}
+NEW = {"config.json": "new", "model-1.st": "new", "gemma_fold.json": "new", "sub/x.json": "new"}
+MERGED = {**NEW, "notes.txt": "mine"}
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def save_over(out: Path) -> tuple[str, ...]:
+    """As `save_pretrained` does it: old model files go, others stay."""
+    notes = settle(out).notes
+    with staging.open_staging(out, "save", size=0, resume=False, restart=True) as work:
+        write_files(work.folder.path, NEW)
+        work.merge(lambda name: name.startswith("model"))
+    return notes
+
+
+MOVES = ("rename", "replace", "unlink", "mkdir", "fsync", "rmdir", "write")
+
+
+def stopped_at(number: int, patch: pytest.MonkeyPatch, error: BaseException) -> list[str]:
+    """Let the call `number` that changes something fail, and all after it as after a kill."""
+    calls: list[str] = []
+
+    def wrap(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*given: Any, **options: Any) -> Any:
+            calls.append(name)
+            if len(calls) > number:
+                raise error
+            return real(*given, **options)
+
+        patch.setattr(os, name, call)
+
+    for name in MOVES:
+        wrap(name)
+    return calls
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "I/O error")], ids=repr)
+def test_save_that_is_stopped_anywhere_is_finished(error: BaseException, tmp_path: Path) -> None:
+    outcomes = set()
+    for number in range(200):
+        out = tmp_path / f"out{number}"
+        write_files(out, OLD)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = stopped_at(number, patch, error)
+            with suppress(KeyboardInterrupt, HostError):
+                save_over(out)
+        if len(calls) <= number:
+            break
+        found = texts(out)
+        # Until the last file is in place there is nothing that a loader would take for a model.
+        assert found in (OLD, MERGED) or "config.json" not in found
+        settle(out)
+        assert texts(out) in (OLD, MERGED)
+        outcomes.add(texts(out)["config.json"])
+        assert save_over(out) == () and texts(out) == MERGED
+        assert not work_folder(out).exists()
+    assert outcomes == {"old", "new"} and number > 15
+    assert not list(tmp_path.glob("*.replaced*"))
+
+
+def save_that_was_killed(out: Path) -> None:
+    """Between the config's going and the first file's coming."""
+    write_files(out, OLD)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", lambda *given, **options: interrupt())
+        save_over(out)
+    assert "config.json" not in texts(out)
+
+
+@pytest.mark.parametrize("kind", ["another config", "another weight file", "folder", "link"])
+def test_rest_of_a_save_replaces_nothing_that_came_since(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    save_that_was_killed(out)
+    if kind == "another config":
+        (out / "config.json").write_text("mine")
+    elif kind == "another weight file":
+        (out / "model-1.st").write_text("mine")
+    elif kind == "folder":
+        (out / "gemma_fold.json").mkdir()
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        (out / "sub").symlink_to(tmp_path / "elsewhere")
+    before = texts(out)
+    notes = settle(out).notes
+    assert texts(out) == before and len(notes) == 1 and "out.replaced" in notes[0]
+    assert texts(tmp_path / "out.replaced") == NEW | {"old-config.json": "old"}
+    assert not work_folder(out).exists() and not any((tmp_path / "elsewhere").glob("*"))
+
+
+@pytest.mark.parametrize("command", ["convert", "unfold"])
+def test_rest_of_a_save_is_kept_where_its_folder_is_gone(command: str, tmp_path: Path) -> None:
+    source, out = write_checkpoint(tmp_path / "model"), tmp_path / "out"
+    convert(source, tmp_path / "folded")
+    save_that_was_killed(out)
+    shutil.rmtree(out)
+    given = {"convert": source, "unfold": tmp_path / "folded"}[command]
+    result = run(command, given, "-o", out)
+    assert result.returncode == 0 and "out.replaced" in result.stdout
+    assert texts(tmp_path / "out.replaced") == NEW | {"old-config.json": "old"}
+
+
+def test_a_mount_that_cannot_be_saved_into_keeps_what_it_holds(tmp_path: Path) -> None:
+    """A bind mount has the device of the folder beside it, but no file can move between them."""
+    out, real = tmp_path / "o u\\t", tmp_path / "real"
+    write_files(real, OLD)
+    out.mkdir()
+    command = ["mount", "--bind", str(real), str(out)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("bind mounts need root")
+    try:
+        with pytest.raises(HostError):
+            save_over(out)
+        assert texts(real) == OLD
+        source = write_checkpoint(tmp_path / "model")
+        result = run("convert", source, "-o", out, "--force")
+        assert result.returncode == 2 and one_line(result) and "mount point" in result.stderr
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+    assert texts(real) == OLD
+
+
+# --- unfold ---------------------------------------------------------------------------------------
 
 
 def test_unfold_onto_its_own_folder(tmp_path: Path) -> None:
@@ -554,3 +693,36 @@ def test_unfold_onto_its_own_folder(tmp_path: Path) -> None:
     assert tree(out) == before
     unfold(out, tmp_path / "back")
     assert tree(tmp_path / "back") == tree(source)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "2_Dense/config.json", "config.json"])
+def test_resuming_what_has_lost_a_file_is_not_finished(name: str, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model")
+    out = tmp_path / "out"
+    convert(source, out)
+    (out / name).unlink()
+    before = tree(out)
+    with pytest.raises(UsageError, match="not empty"):
+        convert(source, out, resume=True)
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("command", ["convert", "unfold"])
+@pytest.mark.parametrize("kind", ["gone", "changed"])
+def test_nothing_is_published_that_was_not_written(kind: str, command: str, tmp_path: Path) -> None:
+    """As where a case-insensitive disk takes two names for one."""
+    source, out = write_checkpoint(tmp_path / "model", shards=2), tmp_path / "out"
+    convert(source, tmp_path / "folded")
+    action, given = (convert, source) if command == "convert" else (unfold, tmp_path / "folded")
+
+    def meddle() -> None:
+        path = work_folder(out) / "new/model-00001-of-00002.safetensors"
+        path.unlink()
+        if kind == "changed":
+            path.write_text("mine")
+
+    with pytest.raises(HostError, match="not what was written"):
+        action(given, out, progress=AtFile(3, meddle))
+    assert not out.exists()
+    action(given, out, resume=True)
+    assert tree(out) == tree(tmp_path / "folded" if command == "convert" else source)

@@ -17,7 +17,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CONFIG, HIDDEN, gemma3_tensors, is_norm, read_tensors, write_checkpoint
+from checkpoints import (
+    CONFIG,
+    HIDDEN,
+    gemma3_tensors,
+    is_norm,
+    read_tensors,
+    tree,
+    write_checkpoint,
+)
 from commands import run
 from hubserver import HubServer
 from safetensors.numpy import save_file
@@ -479,6 +487,9 @@ def test_the_command_and_its_exit_codes(original: Path, folded: Path, tmp_path: 
         (("A", "A/config.json", "--no-outputs"), "is a file; give the folder"),
         (("A", "F", "--no-outputs", "--html", "missing/x.html"), "no folder missing; make it"),
         (("A", "F", "--no-outputs", "--html", "A"), "is a folder; give a file name"),
+        (("A", "F", "--no-outputs", "--html", "A/config.json"), "not written by diff"),
+        (("A", "F", "--html", "A/model.safetensors"), "not written by diff"),
+        (("A", "F", "--save-logits", "A/model.safetensors"), "not written by diff"),
         (("A", "F", "--save-logits", "missing/x"), "no folder missing; make it first"),
         (("A", "F", "--engine", "llama"), "--engine llama is unknown"),
         (("A", "F", *["--engine", "transformers"] * 3), "at most two"),
@@ -493,10 +504,13 @@ def test_the_command_and_its_exit_codes(original: Path, folded: Path, tmp_path: 
 def test_bad_arguments_are_one_line(
     arguments: tuple[str, ...], message: str, original: Path, folded: Path, tmp_path: Path
 ) -> None:
-    names = {"A": str(original), "F": str(folded), "A/config.json": str(original / "config.json")}
+    names = {"A": str(original), "F": str(folded)}
+    names |= {f"A/{path.name}": str(path) for path in original.iterdir()}
+    before = tree(original)
     result = run("diff", *(names.get(word, word) for word in arguments), cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
     assert re.fullmatch(f"gemma-fold: .*{re.escape(message)}.*\n", result.stderr), result.stderr
+    assert tree(original) == before
 
 
 def test_a_later_format_and_a_lost_config_are_refused(folded: Path, tmp_path: Path) -> None:

@@ -551,15 +551,65 @@ class TestSaving:
         assert plain.keys() == back.keys()
         assert all(torch.equal(tensor, back[name]) for name, tensor in plain.items())
 
-    def test_files_of_other_programs_stay(self, folded: Path, tmp_path: Path) -> None:
+    def test_files_of_a_user_stay(self, folded: Path, tmp_path: Path) -> None:
         target = tmp_path / "saved"
-        target.mkdir()
-        (target / "config.json.partial").write_text("{")
-        (target / "notes.txt").write_text("mine")
-        gemma_fold.load(folded).save_pretrained(target)
-        assert verify(target).problems == ()
-        assert (target / "config.json.partial").read_text() == "{"
-        assert (target / "notes.txt").read_text() == "mine"
+        (target / "runs").mkdir(parents=True)
+        for name in ("config.json.partial", "runs/config.json", "model-2.safetensors.txt"):
+            (target / name).write_text("mine")
+        for _ in range(2):
+            gemma_fold.load(folded).save_pretrained(target)
+            assert verify(target).problems == ()
+        for name in ("config.json.partial", "runs/config.json", "model-2.safetensors.txt"):
+            assert (target / name).read_text() == "mine"
+
+    @pytest.mark.parametrize("place", ["the folder itself", ".", "a link"])
+    def test_into_the_folder_it_was_loaded_from(
+        self, place: str, folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copy = Path(shutil.copytree(folded, tmp_path / "copy"))
+        (tmp_path / "link").symlink_to(copy)
+        monkeypatch.chdir(copy)
+        model = gemma_fold.load(copy)
+        target = {".": ".", "a link": tmp_path / "link"}.get(place, copy)
+        model.save_pretrained(target, max_shard_size="20KB")
+        assert verify(copy).problems == () and len(list(copy.glob("*.safetensors"))) > 1
+        gemma_fold.load(copy).save_pretrained(target)
+        assert verify(copy).problems == () and len(list(copy.glob("*.safetensors"))) == 1
+        assert torch.equal(logits(gemma_fold.load(copy)), logits(gemma_fold.load(folded)))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"]
+
+    @pytest.mark.parametrize("kind", ["file", "link to nothing", "root", "empty name"])
+    def test_into_what_is_no_folder(
+        self, kind: str, folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target: Path | str = tmp_path / "target"
+        if kind == "file":
+            Path(target).write_text("mine")
+        elif kind == "link to nothing":
+            Path(target).symlink_to("nowhere")
+        else:
+            target = "/" if kind == "root" else ""
+        monkeypatch.chdir(tmp_path)
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(UsageError):
+            gemma_fold.load(folded).save_pretrained(target)
+        assert sorted(tmp_path.iterdir()) == before
+
+    def test_plain_save_that_fails_removes_no_manifest(
+        self, folded: Path, source: Path, tmp_path: Path
+    ) -> None:
+        copy = Path(shutil.copytree(folded, tmp_path / "copy"))
+        with pytest.raises(TypeError):
+            original(source).save_pretrained(copy, max_shard_size=[])
+        manifest = (copy / "gemma_fold.json").read_bytes()
+        assert manifest == (folded / "gemma_fold.json").read_bytes()
+        original(source).save_pretrained(copy)
+        assert not (copy / "gemma_fold.json").exists()
+        original(source).save_pretrained(tmp_path / "file")
+        (tmp_path / "file").rename(tmp_path / "folder")
+        (tmp_path / "file").write_text("mine")
+        original(source).save_pretrained(tmp_path / "file")  # logs an error, as it always does
+        assert (tmp_path / "file").read_text() == "mine"
 
     def test_over_an_earlier_save(self, folded: Path, source: Path, tmp_path: Path) -> None:
         target = tmp_path / "saved"

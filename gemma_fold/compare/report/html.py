@@ -23,6 +23,12 @@ def check_can_render() -> None:
             )
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file may be an earlier page."""
+    with open(path, "rb") as file:
+        return file.read(15).lower() in (b"", b"<!doctype html>")
+
+
 def write_html(report: DiffReport, path: Path) -> None:
     """Write the page. Raises HostError where a package is missing; OSError as it comes."""
     path.write_text(html(report), "utf-8")

@@ -19,6 +19,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.utils import cached_file  # noqa: E402
 
+from gemma_fold.checkpoint.target import target_folder  # noqa: E402
 from gemma_fold.engines.transformers.lent_config import keep_lent_configs_off_disk, lend, release  # noqa: E402
 from gemma_fold.engines.transformers.models import adopt_norms  # noqa: E402
 from gemma_fold.engines.transformers.norms import FoldedNorm  # noqa: E402
@@ -225,10 +227,13 @@ def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(self, "_hf_peft_config_loaded", False):  # saves its adapters only
             return original(self, save_directory, *args, **kwargs)
         if not any(isinstance(module, FoldedNorm) for module in self.modules()):
-            (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # of what was there before
-            return original(self, save_directory, *args, **kwargs)
+            result = original(self, save_directory, *args, **kwargs)
+            # Of what was there before; a save that fails may have left the rest of it, too.
+            with suppress(FileNotFoundError, NotADirectoryError):
+                (Path(save_directory) / MANIFEST).unlink()
+            return result
         bound = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
-        return save_folded(original, self, Path(save_directory), bound)
+        return save_folded(original, self, target_folder(save_directory), bound)
 
     return save_pretrained
 

@@ -6,7 +6,8 @@ model would have saved unfolded, so `gemma-fold unfold` and `verify` work on the
 
 All of it is written into a work folder first. Where the target is absent or empty, it appears in
 one step; otherwise the files replace those of the model that was there, and until the last one is
-in place the folder has no config.json, without which nothing loads it.
+in place the folder has no config.json, without which nothing loads it. What a kill cuts off, the
+next run for the same folder finishes.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 
 from gemma_fold.checkpoint.digest import digest_parts, digest_text, tensor_parts
-from gemma_fold.checkpoint.folder import open_folder
 from gemma_fold.checkpoint.layout import Layout, replace_tensors
+from gemma_fold.checkpoint.listing import below, is_empty_or_absent
+from gemma_fold.checkpoint.names import unsafe_reason
 from gemma_fold.checkpoint.source import (
     CONFIG,
     SKIPPED_DIRECTORIES,
@@ -75,54 +77,39 @@ def save_folded(
         save_pretrained(*arguments.args, **arguments.kwargs)
         return
     names = _names_on_disk(model, original_names=given.get("save_original_format", True))
-    settle(folder)
-    with open_staging(folder, "save", size=0, resume=False, restart=True) as staging:
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; name one")
+    notes = settle(folder).notes
+    with open_staging(
+        folder, "save", size=0, resume=False, restart=True, again="save again"
+    ) as staging:
         arguments.arguments["save_directory"] = str(staging.folder.path)
         save_pretrained(*arguments.args, **arguments.kwargs)
         if not (staging.folder.path / CONFIG).is_file():
             raise CheckpointError(f"transformers wrote no {CONFIG} for {folder}; nothing was saved")
         kept = _kept_files(folder, staging.folder.path)
         _complete(staging.folder.path, folder, kept, names, weights_dtype(model))
-        staging.folder.sync(files=True)
-        if folder.is_dir() and any(folder.iterdir()):
-            _merge(staging.folder.path, folder)
-            staging.abandon()
-    for note in staging.notes:
+        if is_empty_or_absent(folder):
+            staging.folder.sync(files=True)
+        else:
+            staging.merge(lambda name: _OF_THE_MODEL.fullmatch(name) is not None)
+    for note in (*notes, *staging.notes):
         warnings.warn(note, stacklevel=3)
 
 
 def _kept_files(folder: Path, new: Path) -> dict[str, int]:
     """Sizes of the files in `folder` that are neither the old model's nor written anew."""
-    if not folder.is_dir():
+    if is_empty_or_absent(folder):
         return {}
-    found = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and SKIPPED_DIRECTORIES.isdisjoint(path.relative_to(folder).parts)
-    }
     return {
-        name: size
-        for name, size in found.items()
-        if not _OF_THE_MODEL.fullmatch(name) and not (new / name).exists()
+        name: (folder / name).stat().st_size
+        for name, _ in below(folder)
+        if unsafe_reason(name) is None
+        and (folder / name).is_file()
+        and SKIPPED_DIRECTORIES.isdisjoint(name.split("/"))
+        and not _OF_THE_MODEL.fullmatch(name)
+        and not (new / name).exists()
     }
-
-
-def _merge(new: Path, folder: Path) -> None:
-    """Move what was written over the model that `folder` holds; other files there stay.
-
-    The old config goes first and the new one comes last: until then no loader finds a model there.
-    """
-    for name in (CONFIG, MANIFEST):
-        (folder / name).unlink(missing_ok=True)
-    for path in sorted(folder.iterdir()):
-        if _OF_THE_MODEL.fullmatch(path.name) and not path.is_dir():
-            path.unlink()
-    written = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
-    for path in sorted(written, key=lambda path: (str(path) == CONFIG, str(path))):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(new / path, folder / path)
-    with open_folder(folder) as opened:
-        opened.sync()
 
 
 def _names_on_disk(model: Any, *, original_names: bool) -> list[str]:
