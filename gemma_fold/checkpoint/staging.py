@@ -33,6 +33,7 @@ from gemma_fold.checkpoint.journal import (
     is_torn_marker,
     read_journal,
 )
+from gemma_fold.checkpoint.names import work_folder_name
 from gemma_fold.checkpoint.rename import exchange, rename_new
 from gemma_fold.checkpoint.source import FileState
 from gemma_fold.errors import HostError, UsageError
@@ -44,7 +45,7 @@ _LONGEST = 200  # bytes of OUT's name that fit into ours; file systems allow 255
 def work_folder(out: Path) -> Path:
     """Where work on `out` is done."""
     target = Path(os.path.realpath(out))
-    return target.with_name(f".{_shortened(target.name)}.gemma-fold")
+    return target.with_name(work_folder_name(_shortened(target.name)))
 
 
 def _shortened(name: str) -> str:
@@ -382,6 +383,8 @@ def _admit(place: _Place, plan: str, size: int, *, resume: bool, restart: bool) 
             raise UsageError(
                 f"{work.path / _NEW} holds files that gemma-fold did not write; move them elsewhere"
             )
+        if work.names():  # the journal alone, which was found to be ours
+            os.unlink(JOURNAL, dir_fd=work.descriptor)
         entries = None
     try:
         _check_space(work, size)
