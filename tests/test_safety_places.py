@@ -183,3 +183,37 @@ def test_journal_that_appears_meanwhile_is_not_written_to(
     assert mine.read_text() == "only copy"
     settle(out)
     assert mine.read_text() == "only copy"
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("planted", ["folder", "link"])
+def test_result_swapped_before_the_last_rename_is_no_success(
+    planted: str, force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_checkpoint(tmp_path / "model"), tmp_path / "out"
+    if force:
+        convert(source, out)
+    replaced, original = tree(out), tree(source)
+    name = "exchange" if force else "rename_new"
+    real = getattr(staging, name)
+
+    def swapped(work: Folder, new: str, *given: Any) -> Any:
+        if new == "new":
+            (work.path / "new").rename(tmp_path / "away")
+            if planted == "folder":
+                (work.path / "new").mkdir()
+                (work.path / "new/mine").write_text("mine")
+            else:
+                (work.path / "new").symlink_to(source)
+        return real(work, new, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(HostError, match="moved"):
+        patch.setattr(staging, name, swapped)
+        convert(source, out, force=force)
+    settle(out)
+    assert tree(source) == original
+    assert verify(tmp_path / "away", against=source).ok
+    folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    found = [tree(path) for path in folders if path != tmp_path / "away"]
+    assert not force or replaced in found
+    assert planted == "link" or any("mine" in names for names in found)

@@ -113,8 +113,15 @@ class _Place:
                     "move those you need elsewhere"
                 )
             rename_new(self.work, _NEW, self.parent, self.out.name)
-            out = new
-        self.clean_up(publication, entries.files)
+        published = self.is_published(publication)
+        # Where something else came to stand at OUT, what it took the place of is kept.
+        seen = publication if published else Publication(publication.inode, {})
+        self.clean_up(seen, entries.files)
+        return published
+
+    def is_published(self, publication: Publication) -> bool:
+        """Whether its result stands at OUT."""
+        out = self.parent.status(self.out.name)
         return out is not None and out.st_ino == publication.inode
 
     def has_moved(self, publication: Publication) -> bool:
@@ -205,8 +212,8 @@ class _Place:
                 with suppress(FileExistsError):
                     rename_new(self.work, name, self.parent, kept)
                     self.notes.append(
-                        f"the replaced {self.out} held files that were not part of it; "
-                        f"they are kept in {self.parent.path / kept}"
+                        f"the replaced {self.out} held what was not known to be part of it; "
+                        f"that is kept in {self.parent.path / kept}"
                     )
                     return
         raise FileExistsError(errno.EEXIST, f"{self.out.name}.replaced and 998 more are taken")
@@ -280,6 +287,11 @@ class Staging:
         self._journal.publish(publication)
         self._publishing = True  # from here on `new` may be what was replaced
         self._place.publish(publication)
+        if not self._place.is_published(publication):
+            raise HostError(
+                f"{self._place.work.path / _NEW} was moved by another process while this run "
+                f"published it, so {self._place.out} is not its result; nothing was removed"
+            )
         try:
             self._place.clean_up(publication, self._files)
         except OSError as error:
