@@ -286,8 +286,24 @@ def _plain(report: Any) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
+def open_standard_streams() -> None:
+    """Take the descriptors of standard streams that are closed.
+
+    Otherwise the next file that is opened, a weight file, becomes where libraries print their
+    warnings.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # opens the lowest free number
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  (open until the end)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def main() -> None:
     """Run the command line; every deliberate error is one line and its exit code."""
+    open_standard_streams()
     try:
         status = cli.main(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

@@ -129,7 +129,7 @@ class Folder:
     def remove_owned(self, name: str, is_ours: Owned) -> bool:
         """Remove from the folder `name` the files that are ours, and the folders left empty.
 
-        No link is followed, and nothing is removed from another file system that is mounted there.
+        No link is followed, and nothing is removed from what is mounted there.
 
         Args:
             name: of a folder in this one.
@@ -150,16 +150,17 @@ class Folder:
         return self._remove_empty(name)
 
     def _remove_owned(self, inside: str, is_ours: Owned) -> None:
-        device = os.fstat(self.descriptor).st_dev
+        mount = _mount_of(self.descriptor)
         for name in self.names():
             status = self.status(name)
             if status is None:
                 continue
             if stat.S_ISDIR(status.st_mode):
-                if status.st_dev == device:
-                    with self.open(name) as inner:
-                        inner._remove_owned(f"{inside}{name}/", is_ours)
-                    self._remove_empty(name)
+                with self.open(name) as inner:
+                    if _mount_of(inner.descriptor) != mount:
+                        continue
+                    inner._remove_owned(f"{inside}{name}/", is_ours)
+                self._remove_empty(name)
             elif is_ours(inside + name, status):
                 os.unlink(name, dir_fd=self.descriptor)
 
@@ -172,6 +173,34 @@ class Folder:
                 return False
             raise
         return True
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether the folder at `path` is mounted there; False where there is none.
+
+    Unlike `os.path.ismount`, it also tells a folder of the same file system that is bound there.
+    """
+    mounts = []
+    for folder in (path, path.parent):
+        try:
+            descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        try:
+            mounts.append(_mount_of(descriptor))
+        finally:
+            os.close(descriptor)
+    return mounts[0] != mounts[1]
+
+
+def _mount_of(descriptor: int) -> int:
+    """What an open folder was reached through; its device where this system cannot tell more."""
+    try:
+        lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
+    except FileNotFoundError:
+        lines = []
+    found = [int(line.split()[1]) for line in lines if line.startswith("mnt_id:")]
+    return found[0] if found else os.fstat(descriptor).st_dev
 
 
 @contextmanager

@@ -123,8 +123,10 @@ class Journal:
     """A journal being written: each line is on the disk before the next step."""
 
     def __init__(self, work: Folder, kept: int) -> None:
-        """Open it in `work`, keeping the first `kept` bytes."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        """Open it in `work`, keeping the first `kept` bytes; with 0, none may be there."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        if kept == 0:
+            flags |= os.O_CREAT | os.O_EXCL
         self._descriptor = os.open(JOURNAL, flags, 0o666, dir_fd=work.descriptor)
         os.ftruncate(self._descriptor, kept)
 

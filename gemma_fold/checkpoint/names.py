@@ -50,6 +50,16 @@ def check_top_name(name: str, where: Path | str) -> str:
     return check_name(name, where)
 
 
+def work_folder_name(name: str) -> str:
+    """What the work folder of the folder `name` is called."""
+    return f".{name}.gemma-fold"
+
+
+def is_work_folder_name(name: str) -> bool:
+    """Whether a folder's name is that of a work folder."""
+    return name.startswith(".") and name.endswith(".gemma-fold")
+
+
 def unsafe_reason(name: str) -> str | None:
     """Why `name` is not the path of a file inside a folder; None where it is one."""
     try:

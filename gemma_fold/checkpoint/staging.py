@@ -34,6 +34,7 @@ from gemma_fold.checkpoint.journal import (
     read_journal,
 )
 from gemma_fold.checkpoint.merge import GOES, Merge, conflict, finish_merge, plan_merge
+from gemma_fold.checkpoint.names import work_folder_name
 from gemma_fold.checkpoint.rename import exchange, rename_new
 from gemma_fold.checkpoint.source import FileState
 from gemma_fold.errors import HostError, UsageError
@@ -45,7 +46,7 @@ _LONGEST = 200  # bytes of OUT's name that fit into ours; file systems allow 255
 def work_folder(out: Path) -> Path:
     """Where work on `out` is done."""
     target = Path(os.path.realpath(out))
-    return target.with_name(f".{_shortened(target.name)}.gemma-fold")
+    return target.with_name(work_folder_name(_shortened(target.name)))
 
 
 def _shortened(name: str) -> str:
@@ -117,8 +118,15 @@ class _Place:
                     "move those you need elsewhere"
                 )
             rename_new(self.work, _NEW, self.parent, self.out.name)
-            out = new
-        self.clean_up(publication, entries.files)
+        published = self.is_published(publication)
+        # Where something else came to stand at OUT, what it took the place of is kept.
+        seen = publication if published else Publication(publication.inode, {})
+        self.clean_up(seen, entries.files)
+        return published
+
+    def is_published(self, publication: Publication) -> bool:
+        """Whether its result stands at OUT."""
+        out = self.parent.status(self.out.name)
         return out is not None and out.st_ino == publication.inode
 
     def settle_merge(self, merge: Merge, files: frozenset[str] | None) -> None:
@@ -327,6 +335,11 @@ class Staging:
         self._journal.publish(publication)
         self._moving = True  # from here on `new` may be what was replaced
         self._place.publish(publication)
+        if not self._place.is_published(publication):
+            raise HostError(
+                f"{self._place.work.path / _NEW} was moved by another process while this run "
+                f"published it, so {self._place.out} is not its result; nothing was removed"
+            )
         try:
             self._place.clean_up(publication, self._files)
         except OSError as error:
@@ -444,6 +457,8 @@ def _admit(place: _Place, plan: str, size: int, *, resume: bool, restart: bool) 
             raise UsageError(
                 f"{work.path / _NEW} holds files that gemma-fold did not write; move them elsewhere"
             )
+        if work.names():  # the journal alone, which was found to be ours
+            os.unlink(JOURNAL, dir_fd=work.descriptor)
         entries = None
     try:
         _check_space(work, size)

@@ -11,7 +11,9 @@ import stat
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from gemma_fold.checkpoint.folder import is_mount_point
 from gemma_fold.checkpoint.listing import below, is_empty_or_absent
+from gemma_fold.checkpoint.names import is_work_folder_name
 from gemma_fold.checkpoint.source import FileState
 from gemma_fold.errors import UsageError
 
@@ -23,22 +25,18 @@ def target_folder(out: str | os.PathLike[str]) -> Path:
     if not os.fspath(out):
         raise UsageError("the name of the folder to write is empty; name one")
     target = Path(out)
-    if not Path(os.path.realpath(target)).name:
+    real = Path(os.path.realpath(target))
+    if not real.name:
         raise UsageError(f"{target} is the root of the file system; name a folder")
-    if _is_mount(os.path.realpath(target)):
+    for folder in (real, *real.parents):
+        if is_work_folder_name(folder.name):
+            raise UsageError(
+                f"{target} is or lies in {folder.name}, as work folders of gemma-fold are called; "
+                "name another folder"
+            )
+    if is_mount_point(real):
         raise UsageError(f"{target} is a mount point, which cannot move; name a folder inside it")
     return target
-
-
-def _is_mount(path: str) -> bool:
-    """Whether something is mounted at `path`; a folder of the same file system looks like none."""
-    try:
-        with open("/proc/self/mountinfo", "rb") as mounts:
-            points = {line.split()[4] for line in mounts}
-    except OSError:
-        points = set()
-    escaped = b"".join(b"\\%03o" % c if c in b" \t\n\\" else bytes([c]) for c in os.fsencode(path))
-    return os.path.ismount(path) or escaped in points
 
 
 def check_target(source: Path, inputs: Iterable[Path], out: Path, removed: Iterable[Path]) -> None:
@@ -91,7 +89,15 @@ def check_replaceable(out: Path, known: Collection[str] | None) -> dict[str, Fil
         return None
     if known is None:
         raise UsageError(f"{out} is not empty; name a new folder, or empty that one")
-    found = {n: status for n, status in below(out) if not stat.S_ISDIR(status.st_mode)}
+    found = {}
+    for name, status in below(out):
+        if not stat.S_ISDIR(status.st_mode):
+            found[name] = status
+        elif is_mount_point(out / name):
+            raise UsageError(
+                f"{out / name} is a mount point, whose files are elsewhere; unmount it, or name a "
+                "new folder"
+            )
     for name in sorted(found.keys() - set(known)):
         raise UsageError(
             f"{out} holds {name}, which is not part of the folded checkpoint there; "
