@@ -255,12 +255,16 @@ def _fuse(layer: nn.Module, shape: Shape) -> nn.Module:
     return layer
 
 
-@cache
 def _fused_class(shape: Shape) -> type[nn.Module]:
+    return _class_of(shape, plan(shape))
+
+
+@cache
+def _class_of(shape: Shape, plan: Plan) -> type[nn.Module]:
     # The name stays: device maps and sharding policies look layers up by it.
-    one, base = plan(shape), shape.base
-    names = {"__module__": __name__, "__doc__": base.__doc__, "shape": shape, "entry": one.entry}
-    return type(base.__name__, (SandwichLayer, base), names | {"forward": one.forward})
+    base = shape.base
+    names = {"__module__": __name__, "__doc__": base.__doc__, "shape": shape, "entry": plan.entry}
+    return type(base.__name__, (SandwichLayer, base), names | {"forward": plan.forward})
 
 
 def _restored(shape: Shape) -> nn.Module:

@@ -58,11 +58,15 @@ def shape_of(layer: nn.Module) -> Shape | None:
     return Shape(type(layer), norms, dropouts)
 
 
-@cache
 def plan(shape: Shape) -> Plan:
-    """How layers of this shape are fused, by the forward that their class has."""
+    """How layers of this shape are fused, by the forward that their class has now."""
+    return _plan(shape, shape.base.forward)
+
+
+@cache
+def _plan(shape: Shape, forward_now: Callable[..., Any]) -> Plan:
     try:
-        read = code.read(shape.base.forward)
+        read = code.read(forward_now)
         found = pattern.find(read.tree, shape.norms, shape.dropouts, read.function.__globals__)
         if not found.sites:
             return Plan(missing=found.missing)
