@@ -15,7 +15,10 @@ def wanted() -> str:
     """One of VALUES, or empty where the variable is not set. Raises UsageError for another."""
     value = os.environ.get(VARIABLE, "").strip().lower()
     if value and value not in VALUES:
-        raise UsageError(f"{VARIABLE}={value} means nothing; use {', '.join(VALUES)}, or unset it")
+        raise UsageError(
+            f"{VARIABLE}={value} is no mode; use native or stock, or require: native, and an error "
+            "where something is not fused"
+        )
     return value
 
 

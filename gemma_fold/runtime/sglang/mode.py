@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import enum
-import os
 
 from torch import nn
 
-from gemma_fold.errors import UsageError
+from gemma_fold.runtime.attach.setting import wanted
 from gemma_fold.runtime.sglang.norms import GainedNorm
-
-VARIABLE = "GEMMA_FOLD"
 
 
 class Mode(enum.Enum):
@@ -35,9 +32,7 @@ def mode_of(folded: bool) -> Mode | None:
     mode has not been measured in SGLang. An original is left alone unless it says native: it is
     then folded as it loads. Raises UsageError for any other value.
     """
-    value = os.environ.get(VARIABLE, "").strip().lower()
-    if value not in ("", "stock", "native"):
-        raise UsageError(f"{VARIABLE}={value} means nothing; say native or stock, or unset it")
-    if value == "native":
+    value = wanted()
+    if value in ("native", "require"):
         return Mode.NATIVE
     return Mode.STOCK if folded else None

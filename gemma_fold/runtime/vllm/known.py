@@ -1,7 +1,7 @@
 """The models of vLLM whose norms native mode knows how to run, with the code that was read.
 
-The digests are of vLLM 0.26.0 and 0.32.0. A model with another forward is left to stock mode: what
-its layers do between two norms is not known.
+The digests are of vLLM 0.26 to 0.33. Another forward is run on stand-ins first; where it does more
+with what one norm hands to the next than pass it on, the model is left to stock mode.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import nn
 
+from gemma_fold.runtime.attach.handed import layer_problem, methods_of, model_problem
 from gemma_fold.runtime.source import statements_digest
 
 _MODELS = "vllm.model_executor.models."
@@ -100,10 +101,18 @@ def family_of(model: nn.Module) -> Family | None:
     return _BY_MODEL.get((cls.__module__, cls.__name__))
 
 
-def is_known(family: Family, model: nn.Module, layers: list[nn.Module]) -> bool:
-    """Whether `model` and its layers run the code that was read."""
-    return statements_digest(type(model).forward) in family.model_forwards and all(
-        type(layer).__name__ == family.layer
-        and statements_digest(type(layer).forward) in family.layer_forwards
-        for layer in layers
-    )
+def unknown(family: Family, model: nn.Module, layers: list[nn.Module]) -> str:
+    """Why `model` and its layers may not be native; empty where they run code that was read, or
+    code that only passes on what one norm hands to the next."""
+    if any(type(layer).__name__ != family.layer for layer in layers):
+        return f"its layers are no {family.layer}"
+    if statements_digest(type(model).forward) not in family.model_forwards:
+        problem = model_problem(methods_of(type(model)), model)
+        if problem:
+            return f"{family.model}.forward: {problem}"
+    for layer in layers:
+        if statements_digest(type(layer).forward) not in family.layer_forwards:
+            problem = layer_problem(methods_of(type(layer)), family.layout, layer)
+            if problem:
+                return f"{family.layer}.forward: {problem}"
+    return ""

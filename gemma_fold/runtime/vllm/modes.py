@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
-from gemma_fold.errors import UsageError
+from gemma_fold.runtime.attach.setting import VARIABLE, wanted
+
+__all__ = ["VARIABLE", "Mode", "choose_mode"]
 
 #: native: fp32 gamma and gemma-fold's operators. stock: vLLM's own norms, with w = gamma - 1.
 Mode = Literal["native", "stock"]
-
-VARIABLE = "GEMMA_FOLD"
 
 
 def choose_mode(vllm_config: Any, model_config: Any, *, folded: bool) -> Mode:
@@ -21,13 +20,11 @@ def choose_mode(vllm_config: Any, model_config: Any, *, folded: bool) -> Mode:
 
     Raises UsageError for another value of the variable.
     """
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", "native", "stock"):
-        raise UsageError(f"{VARIABLE}={wanted} is no mode; use native or stock")
+    value = wanted()
     if model_config is not vllm_config.model_config:
         return "stock"  # a draft
-    if wanted:
-        return "native" if wanted == "native" else "stock"
+    if value:
+        return "stock" if value == "stock" else "native"
     return "native" if folded and _on_cuda() else "stock"
 
 
