@@ -7,11 +7,16 @@ with what one norm hands to the next than pass it on, the model is left to stock
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from gemma_fold.runtime.attach.handed import layer_problem, methods_of, model_problem
+from gemma_fold.runtime.attach.handed import (
+    Methods,
+    layer_problem,
+    methods_of,
+    model_problem,
+)
 from gemma_fold.runtime.source import statements_digest
 
 _MODELS = "vllm.model_executor.models."
@@ -102,17 +107,27 @@ def family_of(model: nn.Module) -> Family | None:
 
 
 def unknown(family: Family, model: nn.Module, layers: list[nn.Module]) -> str:
-    """Why `model` and its layers may not be native; empty where they run code that was read, or
-    code that only passes on what one norm hands to the next."""
+    """Why `model` and its layers may not be native; empty where they may."""
     if any(type(layer).__name__ != family.layer for layer in layers):
         return f"its layers are no {family.layer}"
-    if statements_digest(type(model).forward) not in family.model_forwards:
-        problem = model_problem(methods_of(type(model)), model)
-        if problem:
-            return f"{family.model}.forward: {problem}"
+    problem = unknown_model(family, methods_of(type(model)), model)
     for layer in layers:
-        if statements_digest(type(layer).forward) not in family.layer_forwards:
-            problem = layer_problem(methods_of(type(layer)), family.layout, layer)
-            if problem:
-                return f"{family.layer}.forward: {problem}"
-    return ""
+        problem = problem or unknown_layer(family, methods_of(type(layer)), layer)
+    return problem
+
+
+def unknown_model(family: Family, methods: Methods, real: Any = None) -> str:
+    """Why a class may not be native: empty where its forward is code that was read, or only passes
+    on what one norm hands to the next."""
+    if statements_digest(methods.get("forward")) in family.model_forwards:
+        return ""
+    problem = model_problem(methods, real)
+    return f"{family.model}.forward: {problem}" if problem else ""
+
+
+def unknown_layer(family: Family, methods: Methods, real: Any = None) -> str:
+    """:func:`unknown_model` for a layer."""
+    if statements_digest(methods.get("forward")) in family.layer_forwards:
+        return ""
+    problem = layer_problem(methods, family.layout, real)
+    return f"{family.layer}.forward: {problem}" if problem else ""
