@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,9 +138,10 @@ def _layer(methods: Methods, layout: Layout, ways: Ways, real: Any) -> None:
         parts[name] = _Part(ways, name, getattr(real, name, None))
     last = next(reversed(norms.second.values()))
     layer = Self(ways, parts, methods, real)
+    names = _incoming(methods, real)
     for hidden, residual in ((Open(ways), None), (Sealed(last), Open(ways))):
         norms.taken.clear()
-        given = {"hidden_states": hidden, "residual": residual}
+        given = dict(zip(names, (hidden, residual), strict=True))
         result = layer.forward(**arguments(methods["forward"], ways, given))
         if not isinstance(result, tuple) or len(result) != 2 or name_of(result[0]) != last:
             raise Refused(f"it does not return what {last} makes and the residual")
@@ -150,6 +152,24 @@ def _layer(methods: Methods, layout: Layout, ways: Ways, real: Any) -> None:
             expected.remove("input_layernorm")
         if sorted(norms.taken) != sorted(expected):
             raise Refused(f"of {', '.join(expected)} it calls {', '.join(norms.taken) or 'none'}")
+
+
+def _incoming(methods: Methods, real: Any) -> list[str]:
+    """The arguments that are the hidden states and the residual: the first norm is given them."""
+    ways = Ways()
+    given = arguments(methods["forward"], ways, {})
+    seen: list[Any] = []
+
+    def norm(*values: Any) -> Any:
+        seen.extend(values)
+        return Open(ways), Open(ways)
+
+    with suppress(Exception):  # told apart when it runs again, with everything in its place
+        Self(ways, {"input_layernorm": norm}, methods, real).forward(**given)
+    names = [name for value in seen[:2] for name, one in given.items() if one is value]
+    if len(names) != 2:
+        raise Refused("input_layernorm is not given the hidden states and the residual")
+    return names
 
 
 class _Part:
