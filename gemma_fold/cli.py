@@ -33,6 +33,7 @@ def cli() -> None:
       gemma-fold unfold gemma-3-270m-folded -o gemma-3-270m-again
       gemma-fold diff gemma-3-270m gemma-3-270m-folded
       gemma-fold serve gemma-3-270m-folded
+      gemma-fold doctor gemma-3-270m-folded
 
     \b
     Exit codes: 0 ok, 1 differs or check failed, 2 usage or bad input,
@@ -273,6 +274,28 @@ def serve(
     from gemma_fold.engines.serve import serve as run
 
     run(folded, engine, host, port, engine_arguments)
+
+
+@cli.command()
+@click.argument("model", required=False)
+@_json_option
+def doctor(model: str | None, as_json: bool) -> None:
+    """Say which engines are installed here and what each would fuse in MODEL, loading no weights.
+
+    MODEL is a folder or a Hub id, folded or not. Exits with 1 where an engine does not find
+    gemma-fold, or would leave something of MODEL unfused that could be.
+
+    \b
+    Examples:
+      gemma-fold doctor
+      gemma-fold doctor ./gemma-3-270m-folded --json
+    """
+    from gemma_fold.engines import doctor as doctoring
+
+    found = doctoring.diagnose(model)
+    _print(as_json, lambda: doctoring.to_json(found), lambda: doctoring.text(found))
+    if not found.ok:
+        sys.exit(1)
 
 
 def _print(as_json: bool, plain: Callable[[], Any], text: Callable[[], str]) -> None:

@@ -9,6 +9,8 @@ from typing import Literal
 from gemma_fold.errors import UsageError
 
 VARIABLE = "GEMMA_FOLD"
+#: require: native, and an error where something that could be fused is not.
+VALUES = ("native", "stock", "require")
 
 #: native: gemma-fold's operators on fp32 gamma. stock: the engine's own norms, with w = gamma - 1.
 Mode = Literal["native", "stock"]
@@ -20,8 +22,17 @@ def requested_mode() -> Mode | None:
     Raises:
         UsageError: it has another value.
     """
-    value = requested(VARIABLE, ("native", "stock"))
-    return None if value is None else "native" if value == "native" else "stock"
+    value = requested(VARIABLE, VALUES)
+    return None if value is None else "stock" if value == "stock" else "native"
+
+
+def required() -> bool:
+    """Whether GEMMA_FOLD makes whatever is not fused an error.
+
+    Raises:
+        UsageError: it has another value.
+    """
+    return requested(VARIABLE, VALUES) == "require"
 
 
 def requested(variable: str, choices: Iterable[str]) -> str | None:

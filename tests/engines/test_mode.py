@@ -36,7 +36,9 @@ def test_another_value_is_refused_as_it_was_given(
     monkeypatch.setenv("GEMMA_FOLD", value)
     with pytest.raises(UsageError) as refusal:
         requested_mode()
-    assert str(refusal.value) == f"invalid GEMMA_FOLD={value!r}: expected 'native' or 'stock'"
+    assert str(refusal.value) == (
+        f"invalid GEMMA_FOLD={value!r}: expected 'native', 'stock' or 'require'"
+    )
 
 
 def test_three_choices_read_as_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,13 +217,46 @@ def test_a_split_prefill_keeps_what_it_always_kept(sglang: Any, checkpoints: Che
 def test_a_layer_that_is_not_known_keeps_its_norms_apart(
     sglang: Any, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gemma_fold.engines.sglang import layers as sandwich
+    from sglang.srt.models.gemma3_causal import Gemma3DecoderLayer
 
-    monkeypatch.setitem(sandwich._KNOWN, "Gemma3DecoderLayer", {"forward": "another"})
+    from gemma_fold.errors import UnsupportedModelError
+
+    forward = Gemma3DecoderLayer.forward
+
+    def reads(self: Any, positions: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        assert hidden_states.shape[-1] > 1
+        return forward(self, positions, hidden_states, *args, **kwargs)
+
+    forget(monkeypatch)
+    monkeypatch.setattr(Gemma3DecoderLayer, "forward", reads)
     with sglang.mode("native"):
         loaded = sglang.Loaded(checkpoints.folded("gemma3_text"))
     kinds = {type(norm).__mro__[1].__name__ for norm in loaded.norms().values()}
     assert kinds == {"NativeNorm"}
+    assert len(loaded.norms()) == 13
+    with sglang.mode("require"), pytest.raises(UnsupportedModelError, match="GEMMA_FOLD=require"):
+        sglang.Loaded(checkpoints.folded("gemma3_text"))
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No digest is known, and nothing was found out about a class before."""
+    from gemma_fold.engines.sglang import layers as sandwich
+
+    monkeypatch.setattr(sandwich, "_KNOWN", {name: {"forward": ""} for name in sandwich._KNOWN})
+    monkeypatch.setattr(sandwich, "_problem", sandwich._problem.__wrapped__)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_a_layer_of_another_version_is_fused_by_its_structure(
+    family: str, sglang: Any, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(blocked(sglang.Loaded(checkpoints.original(family))))
+    forget(monkeypatch)
+    with sglang.mode("require"):
+        loaded = sglang.Loaded(checkpoints.folded(family))
+    kinds = [type(norm).__mro__[1].__name__ for norm in loaded.norms().values()]
+    assert kinds.count("PostNorm") == kinds.count("PreNorm") == 4
+    assert torch.equal(run(blocked(loaded)), expected)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])

@@ -6,21 +6,33 @@ parallelism the all-reduce of the block's output before them. The layers' code s
 modules is linked, the first hands its input through, and the second does the work of both.
 
 That is right only where nothing reads what is handed through, so a layer or model is only touched
-where its methods are, statement for statement, those that were read.
+where its methods are, statement for statement, those that were read, or where they do nothing else
+with it when they run on stand-ins.
 """
 
 from __future__ import annotations
 
-from functools import wraps
+import logging
+from functools import cache, wraps
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from gemma_fold import ops
+from gemma_fold.engines.attach.handed import (
+    Methods,
+    block_problem,
+    layer_problem,
+    methods_of,
+    model_problem,
+)
 from gemma_fold.engines.known_code import statements_digest
+from gemma_fold.engines.mode import VARIABLE, required
 from gemma_fold.engines.sglang.native import NativeNorm, all_reduce_workspace, rms_norm, takes
 from gemma_fold.engines.sglang.norms import derive
+from gemma_fold.errors import UnsupportedModelError
 
 _MODELS = {"Gemma2Model": "Gemma2DecoderLayer", "Gemma3TextModel": "Gemma3DecoderLayer"}
 #: Every method of these classes by the sha256 of its statements, in SGLang 0.5.17 to 0.5.21.
@@ -46,6 +58,9 @@ _KNOWN = {
     },
     "Gemma3MLP": {"forward": "83cf913241cbd00c8d9884472a7728fb0f126bcfaf0786c3e1d471fc79326de0"},
 }
+
+
+_log = logging.getLogger("sglang.gemma_fold")
 
 
 class Link:
@@ -135,9 +150,10 @@ def pair_norms(model: nn.Module) -> int:
     pairs = 0
     for text in modules:
         layer_class = _MODELS.get(type(text).__name__)
-        if layer_class is None or not _is_known(text):
+        if layer_class is None:
             continue
-        norms = _sandwiches(text, layer_class)
+        norms, problem = _sandwiches(text, layer_class)
+        _say(text, len(norms), problem)
         if norms:
             link = Link(text, _defer_all_reduce(text))
             _link(norms, link)
@@ -148,21 +164,40 @@ def pair_norms(model: nn.Module) -> int:
     return pairs
 
 
-def _sandwiches(text: Any, layer_class: str) -> list[tuple[Any, Any]]:
+def _sandwiches(text: Any, layer_class: str) -> tuple[list[tuple[Any, Any]], str]:
+    """The pairs of norms of a model, or why they cannot be linked."""
     layers = list(text.layers)
-    if not layers or not all(type(x).__name__ == layer_class and _is_known(x) for x in layers):
-        return []
+    if not layers or any(type(layer).__name__ != layer_class for layer in layers):
+        return [], f"its layers are no {layer_class}"
+    problem = _first_problem(text, layers[0])
+    if problem:
+        return [], problem
     norms = [(layer.post_attention_layernorm, layer.pre_feedforward_layernorm) for layer in layers]
     norms += [(a.post_feedforward_layernorm, b.input_layernorm) for a, b in pairwise(layers)]
     norms.append((layers[-1].post_feedforward_layernorm, text.norm))
-    native = all(type(norm).__mro__[1] is NativeNorm for pair in norms for norm in pair)
-    return norms if native else []
+    if not all(type(norm).__mro__[1] is NativeNorm for pair in norms for norm in pair):
+        return [], "it has norms that gemma-fold's kernels do not take"
+    return norms, ""
+
+
+def _say(text: nn.Module, pairs: int, problem: str) -> None:
+    """What was fused, once. Raises UnsupportedModelError where GEMMA_FOLD=require asks for all."""
+    engine = f"SGLang {version('sglang')}"
+    if problem and required():
+        raise UnsupportedModelError(
+            f"{VARIABLE}=require, but {engine}: {problem}; upgrade gemma-fold, or unset {VARIABLE}"
+        )
+    if problem:
+        _log.warning("gemma-fold: %s: no sandwich fused: %s", engine, problem)
+    else:
+        name = type(text).__name__
+        _log.info("gemma-fold: %s: %d of %d sandwiches of %s fused", engine, pairs, pairs, name)
 
 
 def _link(norms: list[tuple[Any, Any]], link: Link) -> None:
     for post, pre in norms:
-        post.__class__ = derive(PostNorm, type(post).__mro__[2])
-        pre.__class__ = derive(PreNorm, type(pre).__mro__[2])
+        post.__class__ = derive(PostNorm, type(post).__bases__[1])
+        pre.__class__ = derive(PreNorm, type(pre).__bases__[1])
         post.link = link
         pre.__dict__["post"] = (post,)
 
@@ -174,7 +209,10 @@ def _defer_all_reduce(text: Any) -> str | None:
         block.o_proj if hasattr(block, "o_proj") else block.down_proj for block in blocks
     ]
     ready = all(x.tp_size > 1 and x.reduce_results for x in projections)
-    if not ready or not all(map(_is_known, blocks)):
+    problem = _first_problem(*blocks)
+    if ready and problem:
+        _log.warning("gemma-fold: all-reduces stay SGLang's: %s", problem)
+    if not ready or problem:
         return None
     norm = text.norm
     hidden, dtype = norm.weight.shape[0], norm.weight.dtype
@@ -202,13 +240,29 @@ def _close_while_split(owner: Any, link: Link) -> None:
     owner.__dict__["forward_split_prefill"] = forward_closed
 
 
-def _is_known(module: nn.Module) -> bool:
-    cls = type(module)
+def _first_problem(*modules: Any) -> str:
+    classes: list[Any] = [type(module) for module in modules]
+    return next((problem for cls in classes if (problem := _problem(cls))), "")
+
+
+@cache
+def _problem(cls: Any) -> str:
+    """Why a class may not be touched; empty where it may."""
     known = _KNOWN.get(cls.__name__)
-    return (
-        known is not None
-        and cls.__module__.startswith("sglang.srt.models.gemma")
-        and all(
-            statements_digest(cls.__dict__.get(name)) == digest for name, digest in known.items()
-        )
-    )
+    if known is None or not cls.__module__.startswith("sglang.srt.models.gemma"):
+        return f"{cls.__name__} is no class that gemma-fold knows"
+    if all(statements_digest(cls.__dict__.get(name)) == digest for name, digest in known.items()):
+        return ""
+    problem = problem_of(cls.__name__, methods_of(cls))
+    return f"{cls.__name__}: {problem}" if problem else ""
+
+
+def problem_of(name: str, methods: Methods) -> str:
+    """What a class of that name does beside passing on what is handed through; empty if nothing."""
+    if name.endswith("DecoderLayer"):
+        return layer_problem(methods, "sandwich")
+    if name.endswith("Attention"):
+        return block_problem(methods, "o_proj")
+    if name.endswith("MLP"):
+        return block_problem(methods, "down_proj")
+    return model_problem(methods)

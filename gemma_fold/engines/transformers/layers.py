@@ -1,9 +1,10 @@
-"""Gemma 2 and 3 decoder layers that run their sandwich norms fused.
+"""Decoder layers that run their sandwich norms fused.
 
-Between two blocks these layers norm the output, add the residual and norm the sum: three passes
-that :func:`gemma_fold.ops.rms_norm_add_rms_norm` makes one. A layer is only touched where its own
-forward is, statement for statement, the one the fused forward stands for; any other version of the
-model keeps its forward and runs norm by norm, with the same results.
+Between two blocks Gemma 2, 3 and their like norm the output, add the residual and norm the sum:
+three passes that :func:`gemma_fold.ops.rms_norm_add_rms_norm` makes one. A layer's own forward is
+kept, with those three expressions changed wherever `attach` finds them, and only after the changed
+function was run beside the original. A layer where they are not found keeps its forward and runs
+norm by norm, with the same results.
 
 Two places in a layer have that pattern. The second spans two layers: the norm after the
 feed-forward block, and the next layer's first norm. There the normed tensor waits for the next
@@ -12,8 +13,8 @@ layer, which takes it only if it is then called with the very hidden states it w
 
 from __future__ import annotations
 
-import importlib
 import weakref
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -22,113 +23,102 @@ import torch
 from torch import Tensor, nn
 
 from gemma_fold import ops
-from gemma_fold.engines.known_code import statements_digest
+from gemma_fold.engines.attach.layers import (
+    Plan,
+    Shape,
+    count_missing,
+    plan,
+    proved,
+    shape_of,
+)
+from gemma_fold.engines.attach.report import Missing
 from gemma_fold.engines.transformers.hooks import Watched
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.ops import checks
 
-#: sha256 of the statements that `SandwichLayer.forward` stands for, layout and comments aside.
-_KNOWN_FORWARDS = frozenset({"19bb15ae20d3bae54efe83013247a9e1b46dc5755921125b706b92985cd3eca0"})
-_MODELS = {
-    "Gemma2DecoderLayer": "transformers.models.gemma2.modeling_gemma2",
-    "Gemma3DecoderLayer": "transformers.models.gemma3.modeling_gemma3",
-}
-_NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-)
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What a layer leaves for the next one: the hidden states for it, and their first norm.
+
+    version: counts changes in place of the hidden states; None in inference mode, which does not.
+    """
+
+    layer: SandwichLayer
+    hidden_states: Tensor
+    normed: Tensor
+    version: int | None
 
 
 class Handoff:
-    """What a layer leaves for the next one; all layers of a list share it.
+    """Where layers leave it; all layers of a list share one."""
 
-    Attributes:
-        waiting: the next layer, the hidden states for it, and their first norm.
-    """
-
-    waiting: tuple[SandwichLayer, Tensor, Tensor] | None = None
+    waiting: Waiting | None = None
 
 
 class SandwichLayer(Watched):
-    """The forward of a Gemma 2/3 decoder layer, over fused operators.
+    """What the changed forward of a layer calls.
 
     Attributes:
+        shape: how it was fused.
+        entry: the attribute of the norm that `_entered` runs, or empty.
         follower: the layer called next, as far as the model's list of layers tells.
         handoff: where the layer before leaves what it has for this one.
     """
 
+    shape: Shape
+    entry: str
     follower: weakref.ref[SandwichLayer] | None = None
     handoff: Handoff | None = None
-    input_layernorm: FoldedNorm
-    self_attn: nn.Module
-    post_attention_layernorm: nn.Module
-    pre_feedforward_layernorm: nn.Module
-    mlp: nn.Module
-    post_feedforward_layernorm: nn.Module
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Any = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """``hidden_states``: [batch, tokens, H]; the rest goes to the attention as it is."""
-        x = self._take(hidden_states)
-        if x is None:
-            x = self.input_layernorm(hidden_states)
-        x, _ = self.self_attn(
-            hidden_states=x,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
+    def _entered(self, hidden_states: Tensor, name: str) -> Tensor:
+        """The first norm of `hidden_states`, made by the layer before or here."""
+        if not torch.compiler.is_compiling() and self.handoff is not None:
+            waiting, self.handoff.waiting = self.handoff.waiting, None
+            if (
+                waiting is not None
+                and waiting.layer is self
+                and waiting.hidden_states is hidden_states
+                and waiting.version == _version(hidden_states)
+            ):
+                return waiting.normed
+        return self._modules[name](hidden_states)  # type: ignore[misc, no-any-return]
+
+    def _fused(
+        self, one: Tensor, two: Tensor, left: bool, post: str, pre: str, dropout: str
+    ) -> list[Tensor]:
+        """``[total, pre(total)]`` with ``total = one + two``, one of them through `post` first.
+
+        `left` says that it is the first. It goes through the dropout too, if there is one.
+        """
+        return _sandwich(
+            one, two, left, self._modules[post], self._modules[pre], self._modules.get(dropout)
         )
-        x, residual = _sandwich(
-            x, hidden_states, self.post_attention_layernorm, self.pre_feedforward_layernorm
-        )
-        x = self.mlp(x)
-        follower = self._follower()
+
+    def _left(self, one: Tensor, two: Tensor, left: bool, post: str, dropout: str) -> Tensor:
+        """The sum alone, which the layer returns; its norm is left for the next layer."""
+        follower, norm = self._follower()
+        first, between = self._modules[post], self._modules.get(dropout)
         if follower is None or self.handoff is None:
-            return residual + self.post_feedforward_layernorm(x)  # type: ignore[no-any-return]
-        x, output = _sandwich(
-            x, residual, self.post_feedforward_layernorm, follower.input_layernorm
-        )
-        self.handoff.waiting = (follower, output, x)
-        return output
+            return _total(one, two, left, first, between)
+        total, normed = _sandwich(one, two, left, first, norm, between)
+        self.handoff.waiting = Waiting(follower, total, normed, _version(total))
+        return total
 
-    def _take(self, hidden_states: Tensor) -> Tensor | None:
-        """The first norm of `hidden_states`, if the layer before made it."""
-        if torch.compiler.is_compiling() or self.handoff is None:
-            return None
-        waiting, self.handoff.waiting = self.handoff.waiting, None
-        if waiting is not None and waiting[0] is self and waiting[1] is hidden_states:
-            return waiting[2]
-        return None
-
-    def _follower(self) -> SandwichLayer | None:
-        """The next layer, if nothing can come between: no autograd, no hook, no change of device.
+    def _follower(self) -> tuple[SandwichLayer | None, nn.Module | None]:
+        """The next layer and its first norm, if nothing can come between: no autograd, no hook.
 
         Gradient checkpointing replays a layer alone, and a hook may change the hidden states
         between two layers in place, after they were normed.
         """
         if torch.compiler.is_compiling():
-            return None  # it fuses this itself, and a way to another layer is a guard on every call
+            # it fuses this itself, and a way to another layer is a guard on every call
+            return None, None
         follower = self.follower() if self.follower is not None else None
-        if (
-            follower is None
-            or torch.is_grad_enabled()
-            or not self.plain
-            or not follower.plain
-            or not follower.input_layernorm.plain
-        ):
-            return None
-        return follower
+        if follower is None or torch.is_grad_enabled() or not self.plain or not follower.plain:
+            return None, None
+        norm = follower._modules.get(follower.entry)
+        return (follower, norm) if _is_plain(norm) else (None, None)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle must not drag the other layers along, and has other neighbours.
@@ -137,41 +127,98 @@ class SandwichLayer(Watched):
         state.pop("handoff", None)
         return state
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made when it is needed, so no pickle can name it.
+        return _restored, (self.shape,), self.__getstate__()
+
+
+def _is_plain(norm: nn.Module | None) -> bool:
+    return isinstance(norm, FoldedNorm) and norm.plain and norm.is_rms
+
+
+def _is_identity(module: nn.Module | None) -> bool:
+    """Whether a dropout does nothing."""
+    if module is None:
+        return True
+    return (
+        type(module) is nn.Dropout
+        and not (module.training and module.p)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+    )
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _total(
+    one: Tensor, two: Tensor, left: bool, post: nn.Module | None, dropout: nn.Module | None
+) -> Tensor:
+    x = post(one if left else two)  # type: ignore[misc]
+    if dropout is not None:
+        x = dropout(x)
+    return x + two if left else one + x  # type: ignore[no-any-return]
+
 
 def _sandwich(
-    x: Tensor, residual: Tensor, post: nn.Module, pre: nn.Module
-) -> tuple[Tensor, Tensor]:
-    """``pre(total), total`` with ``total = residual + post(x)``; fused where both are plain."""
+    one: Tensor,
+    two: Tensor,
+    left: bool,
+    post: nn.Module | None,
+    pre: nn.Module | None,
+    dropout: nn.Module | None,
+) -> list[Tensor]:
+    """Fused where all of it is plain."""
+    x, residual = (one, two) if left else (two, one)
     if (
         isinstance(post, FoldedNorm)
         and isinstance(pre, FoldedNorm)
-        and post.plain
-        and pre.plain
+        and _is_plain(post)
+        and _is_plain(pre)
+        and _is_identity(dropout)
         and x.dtype == residual.dtype
+        and x.shape == residual.shape
         and x.dtype in checks.ACTIVATION_DTYPES
         and x.shape[-1] <= checks.MAX_HIDDEN
     ):
-        return ops.rms_norm_add_rms_norm(
+        normed, total = ops.rms_norm_add_rms_norm(
             x, residual, post.gain.view(-1), pre.gain.view(-1), post.epsilon, pre.epsilon
         )
-    total = residual + post(x)
-    return pre(total), total
+        return [total, normed]
+    total = _total(one, two, left, post, dropout)
+    return [total, pre(total)]  # type: ignore[misc]
 
 
-def fuse_layers(model: nn.Module) -> int:
-    """Give every Gemma 2/3 decoder layer of a folded `model` the fused forward; how many."""
-    fused = 0
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """What :func:`fuse_layers` did: `fused` of `sandwiches`, and why not the rest."""
+
+    fused: int = 0
+    sandwiches: int = 0
+    missing: tuple[Missing, ...] = ()
+
+
+def fuse_layers(model: nn.Module) -> Fusion:
+    """Give every layer of a folded `model` that has sandwiches its fused forward."""
+    found: list[tuple[Shape, Plan]] = []
     for module in model.modules():
         if not isinstance(module, nn.ModuleList):
             continue
-        layers = [_fuse(layer) for layer in module if _is_known(layer)]
-        handoff = Handoff()
-        for layer in layers:
-            layer.handoff = handoff
-        for layer, follower in pairwise(layers):
-            layer.follower = weakref.ref(follower)
-        fused += len(layers)
-    return fused
+        planned = [(layer, shape) for layer in module if (shape := shape_of(layer)) is not None]
+        plans = [_proved_plan(layer, shape) for layer, shape in planned]
+        found += [(shape, one) for (_, shape), one in zip(planned, plans, strict=True)]
+        fused = [
+            _fuse(layer, shape)
+            for (layer, shape), one in zip(planned, plans, strict=True)
+            if one.forward is not None
+        ]
+        _link([layer for layer in fused if isinstance(layer, SandwichLayer)])
+    return Fusion(
+        sum(one.fused for _, one in found),
+        sum(shape.sandwiches for shape, _ in found),
+        count_missing(found),
+    )
 
 
 def split_layers(model: nn.Module) -> None:
@@ -180,34 +227,48 @@ def split_layers(model: nn.Module) -> None:
         if isinstance(module, SandwichLayer):
             for name in ("follower", "handoff", "plain"):
                 module.__dict__.pop(name, None)
-            module.__class__ = type(module).__bases__[1]
+            module.__class__ = module.shape.base  # type: ignore[assignment]
 
 
-def _is_known(layer: nn.Module) -> bool:
-    cls = type(layer)
-    return (
-        _MODELS.get(cls.__name__) == cls.__module__
-        and all(type(getattr(layer, name, None)) is FoldedNorm for name in _NORMS)
-        and statements_digest(cls.__dict__.get("forward")) in _KNOWN_FORWARDS
-    )
+def _proved_plan(layer: nn.Module, shape: Shape) -> Plan:
+    one = plan(shape)
+    if "forward" in layer.__dict__:
+        return Plan(missing=(("", "it was replaced on the layer"),) * shape.sandwiches)
+    if one.forward is None:
+        return one
+    problem = proved(layer, one, _fused_class(shape), _link)
+    return replace(one, forward=None, fused=0, missing=(("", problem),)) if problem else one
 
 
-def _fuse(layer: nn.Module) -> SandwichLayer:
-    layer.__class__ = _fused_class(type(layer).__name__)
+def _link(layers: Any) -> None:
+    handoff = Handoff()
+    for layer in layers:
+        layer.handoff = handoff
+    for layer, follower in pairwise(layers):
+        layer.follower = weakref.ref(follower)
+
+
+def _fuse(layer: nn.Module, shape: Shape) -> nn.Module:
+    layer.__class__ = _fused_class(shape)
     assert isinstance(layer, SandwichLayer)
     layer.watch()
     return layer
 
 
+def _fused_class(shape: Shape) -> type[nn.Module]:
+    return _class_of(shape, plan(shape))
+
+
 @cache
-def _fused_class(name: str) -> type[SandwichLayer]:
+def _class_of(shape: Shape, plan: Plan) -> type[nn.Module]:
     # The name stays: device maps and sharding policies look layers up by it.
-    base = getattr(importlib.import_module(_MODELS[name]), name)
-    return type(name, (SandwichLayer, base), {"__module__": __name__, "__doc__": base.__doc__})
+    base = shape.base
+    names = {"__module__": __name__, "__doc__": base.__doc__, "shape": shape, "entry": plan.entry}
+    return type(base.__name__, (SandwichLayer, base), names | {"forward": plan.forward})
 
 
-def __getattr__(name: str) -> type[SandwichLayer]:
-    # Pickles name the fused classes, which exist once the model they extend is imported.
-    if name in _MODELS:
-        return _fused_class(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _restored(shape: Shape) -> nn.Module:
+    """The layer of a copy or a pickle, before its state."""
+    fused = plan(shape).forward is not None
+    cls = _fused_class(shape) if fused else shape.base
+    return cls.__new__(cls)

@@ -6,8 +6,10 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from gemma_fold.engines.transformers.layers import fuse_layers, split_layers
+from gemma_fold.engines.attach.report import Report, announce
+from gemma_fold.engines.transformers.layers import Fusion, fuse_layers, split_layers
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import AlreadyFoldedError, NothingToFoldError, UnsupportedModelError
 from gemma_fold.rules import NORM_CLASSES, Fold
@@ -52,6 +54,11 @@ def unfold_model(model: Model) -> Model:
     norms = [module for module in model.modules() if isinstance(module, FoldedNorm)]
     if not norms:
         raise UnsupportedModelError(f"{type(model).__name__} is not folded; there is nothing to do")
+    if any(is_parametrized(norm) for norm in norms):
+        raise UnsupportedModelError(
+            "a norm has a parametrization; take it off with "
+            "torch.nn.utils.parametrize.remove_parametrizations first"
+        )
     if any("forward" in norm.__dict__ or norm.gain.is_meta for norm in norms):
         raise UnsupportedModelError(
             "the model is offloaded, so its norms are not all in memory; load it without device_map"
@@ -74,10 +81,22 @@ def zero_centred_norms(model: nn.Module) -> list[tuple[nn.Module, Fold]]:
 
 
 def adopt_norms(model: nn.Module, *, locked: bool = True) -> list[FoldedNorm]:
-    """Fold the norms that :func:`zero_centred_norms` finds, and fuse the layers that can be."""
+    """Fold the norms that :func:`zero_centred_norms` finds, and fuse the layers that can be.
+
+    What was fused, and why not the rest, is said on stderr. Raises UnsupportedModelError where
+    something is not fused and GEMMA_FOLD=require asks for all.
+    """
     norms = [FoldedNorm.adopt(m, fold, locked=locked) for m, fold in zero_centred_norms(model)]
-    fuse_layers(model)
+    announce(report(len(norms), fuse_layers(model)))
     return norms
+
+
+def report(norms: int, fusion: Fusion) -> Report:
+    """What was done to a transformers model, for :func:`announce`."""
+    import transformers  # it made the model
+
+    engine = f"transformers {transformers.__version__}"
+    return Report(engine, norms, fusion.fused, fusion.sandwiches, fusion.missing)
 
 
 def weights_dtype(model: nn.Module) -> torch.dtype:

@@ -24,6 +24,7 @@ from gemma_fold.rules import Fold
 
 #: Names a zero-centred norm gives its gain.
 _GAIN_NAMES = ("weight", "gamma")
+_EPSILON_NAMES = ("eps", "variance_epsilon")
 
 
 class FoldedNorm(Watched):
@@ -104,10 +105,9 @@ class FoldedNorm(Watched):
 
     @property
     def gain(self) -> nn.Parameter:
-        """The parameter itself: fp32 [H, 1]."""
-        parameter = self._parameters[self.gain_name]
-        assert parameter is not None
-        return parameter
+        """The parameter itself: fp32 [H, 1]; what a parametrization makes of it if it has one."""
+        parameter = self._parameters.get(self.gain_name)
+        return getattr(self, self.gain_name) if parameter is None else parameter
 
     def lock(self) -> None:
         """Give a gamma loaded as [H] its [H, 1] shape."""
@@ -117,13 +117,13 @@ class FoldedNorm(Watched):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: [..., H]. Returns the norm in the dtype of `x`."""
-        gamma = self._parameters[self.gain_name].view(-1)  # type: ignore[union-attr]
+        gamma = self.gain.view(-1)
         if self.is_rms:
             return self._rms_norm(x, gamma)
         if self.fold.norm == "layer_norm":
             if self.fold.mul_dtype == "storage":
-                return arithmetic.layer_norm_then_scale(x, gamma, self.epsilon)
-            return arithmetic.layer_norm(x, gamma, self._parameters.get("bias"), self.epsilon)
+                return arithmetic.layer_norm_then_scale(x, gamma, _epsilon(self))
+            return arithmetic.layer_norm(x, gamma, self._parameters.get("bias"), _epsilon(self))
         if self.fold.add_dtype == "storage":
             gamma = gamma.to(x.dtype).float()
         if self.group is not None:
@@ -154,6 +154,17 @@ class FoldedNorm(Watched):
             return tensor.to(out.device)
 
         return super()._apply(apply, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _EPSILON_NAMES:
+            self.__dict__["epsilon"] = float(value)
+        elif name == "offset" and value:
+            # Liger's patch does this before it binds its own forward, which would add it again.
+            raise UnsupportedModelError(
+                f"the model is folded, and a kernel that adds {value} to its norm weights would "
+                "add it twice; leave its norms out (Liger: rms_norm=False), or unfold_model first"
+            )
+        super().__setattr__(name, value)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -186,7 +197,7 @@ def gain_name(module: nn.Module) -> str:
 
 def _epsilon(module: nn.Module) -> float:
     for holder in (module, getattr(module, "ln", None)):
-        for name in ("eps", "variance_epsilon"):
+        for name in _EPSILON_NAMES:
             value = getattr(holder, name, None)
             if isinstance(value, float):
                 return value

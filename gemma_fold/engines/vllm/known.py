@@ -1,16 +1,22 @@
 """The models of vLLM whose norms native mode knows how to run, with the code that was read.
 
-The digests are of vLLM 0.26.0 and 0.32.0. A model with another forward is left to stock mode: what
-its layers do between two norms is not known.
+The digests are of vLLM 0.26 to 0.33. Another forward is run on stand-ins first; where it does more
+with what one norm hands to the next than pass it on, the model is left to stock mode.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
+from gemma_fold.engines.attach.handed import (
+    Methods,
+    layer_problem,
+    methods_of,
+    model_problem,
+)
 from gemma_fold.engines.known_code import statements_digest
 
 _MODELS = "vllm.model_executor.models."
@@ -100,10 +106,28 @@ def family_of(model: nn.Module) -> Family | None:
     return _BY_MODEL.get((cls.__module__, cls.__name__))
 
 
-def is_known(family: Family, model: nn.Module, layers: list[nn.Module]) -> bool:
-    """Whether `model` and its layers run the code that was read."""
-    return statements_digest(type(model).forward) in family.model_forwards and all(
-        type(layer).__name__ == family.layer
-        and statements_digest(type(layer).forward) in family.layer_forwards
-        for layer in layers
-    )
+def unknown(family: Family, model: nn.Module, layers: list[nn.Module]) -> str:
+    """Why `model` and its layers may not be native; empty where they may."""
+    if any(type(layer).__name__ != family.layer for layer in layers):
+        return f"its layers are no {family.layer}"
+    problem = unknown_model(family, methods_of(type(model)), model)
+    for layer in layers:
+        problem = problem or unknown_layer(family, methods_of(type(layer)), layer)
+    return problem
+
+
+def unknown_model(family: Family, methods: Methods, real: Any = None) -> str:
+    """Why a class may not be native: empty where its forward is code that was read, or only passes
+    on what one norm hands to the next."""
+    if statements_digest(methods.get("forward")) in family.model_forwards:
+        return ""
+    problem = model_problem(methods, real)
+    return f"{family.model}.forward: {problem}" if problem else ""
+
+
+def unknown_layer(family: Family, methods: Methods, real: Any = None) -> str:
+    """:func:`unknown_model` for a layer."""
+    if statements_digest(methods.get("forward")) in family.layer_forwards:
+        return ""
+    problem = layer_problem(methods, family.layout, real)
+    return f"{family.layer}.forward: {problem}" if problem else ""

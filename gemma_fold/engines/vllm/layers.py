@@ -17,16 +17,19 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import vllm
 from torch import nn
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear
 
-from gemma_fold.engines.vllm.known import Family, family_of, is_known
+from gemma_fold.engines.mode import VARIABLE, required
+from gemma_fold.engines.vllm.known import Family, family_of, unknown
 from gemma_fold.engines.vllm.norms import NativeNorm, PassedNorm, SandwichNorm, adopt
 from gemma_fold.engines.vllm.qk import adopt_qk_norms
 from gemma_fold.engines.vllm.weights import Tally, gamma_loader
+from gemma_fold.errors import UnsupportedModelError
 from gemma_fold.ops import checks
 
 logger = init_logger("vllm.gemma_fold")
@@ -59,6 +62,10 @@ def make_native(model: nn.Module, native: Native) -> int:
             continue
         layers = list(_local_layers(module))
         problem = _problem(family, module, layers)
+        if problem and required():
+            raise UnsupportedModelError(
+                f"{VARIABLE}=require, but {problem}; upgrade gemma-fold, or unset {VARIABLE}"
+            )
         if problem:
             logger.warning_once("gemma-fold: %s; its norms run in stock mode", problem)
             continue
@@ -76,8 +83,9 @@ def _problem(family: Family, model: Any, layers: list[Any]) -> str:
     """Why a decoder cannot be native; empty if it can."""
     if not layers:
         return f"{family.model} has no layer on this stage"
-    if not is_known(family, model, layers):
-        return f"unrecognised {family.model}.forward in this vLLM"
+    problem = unknown(family, model, layers)
+    if problem:
+        return f"vLLM {vllm.__version__}: {problem}"
     if model.config.hidden_size > checks.MAX_HIDDEN:
         return f"{family.model} is wider than {checks.MAX_HIDDEN}"
     for layer in layers:
