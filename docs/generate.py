@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import measured
+import measured_fused
 import measured_loaders
 import measured_parallel
 
@@ -24,6 +25,7 @@ DOCUMENTS = (
     "docs/vllm.md",
     "docs/sglang.md",
     "docs/reliability.md",
+    "docs/compatibility.md",
 )
 MODEL = ".cache/gemma-3-270m"
 
@@ -65,6 +67,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "all_reduce_two_shot": measured_parallel.two_shot,
     "all_reduce_sanitizer": measured_parallel.sanitizer,
     "loaders": measured_loaders.loaders,
+    "fused": measured_fused.fused,
     "headline": measured_parallel.headline,
     "vllm": measured_parallel.vllm,
     "sglang": measured_parallel.sglang,
