@@ -9,10 +9,12 @@ followed: their norms are brought in step when they are done.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from gemma_fold.runtime.sglang.mode import Mode, mode_of
 from gemma_fold.runtime.sglang.norms import adopt, gained_norms, zero_centred_norms
 
 _STATE = "gemma_fold_weights"
+_log = logging.getLogger("sglang.gemma_fold")
 
 
 @dataclass(slots=True)
@@ -66,6 +69,9 @@ def initialize(original: Callable[..., nn.Module], *args: Any, **kwargs: Any) ->
     norms = zero_centred_norms(model)
     for _, norm in norms:
         adopt(norm, mode.norm_class(norm))
+    _log.info(
+        "gemma-fold: SGLang %s: %d norms folded, %s mode", version("sglang"), len(norms), mode.value
+    )
     if mode is Mode.NATIVE:
         from gemma_fold.runtime.sglang.native import share_workspace
         from gemma_fold.runtime.sglang.sandwich import pair_norms
