@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import measured
+import measured_fused
 import measured_loaders
 import measured_parallel
 import measured_reliability
@@ -25,6 +26,7 @@ DOCUMENTS = (
     "docs/vllm.md",
     "docs/sglang.md",
     "docs/reliability.md",
+    "docs/compatibility.md",
 )
 MODEL = ".cache/gemma-3-270m"
 
@@ -68,6 +70,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "crash_matrix": measured_reliability.crash_matrix,
     "fuzz": measured_reliability.fuzz,
     "loaders": measured_loaders.loaders,
+    "fused": measured_fused.fused,
     "headline": measured_parallel.headline,
     "vllm": measured_parallel.vllm,
     "sglang": measured_parallel.sglang,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import json
 import logging
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fused_counts
 import pytest
 import tiny
 import torch
+import transformers
 from torch import Tensor, nn
 
 import gemma_fold
@@ -29,20 +32,10 @@ from gemma_fold.errors import UnsupportedModelError, UsageError
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 IDS = torch.randint(3, 88, (2, 9), generator=torch.Generator().manual_seed(0))
-#: Sandwiches of the tiny models of `tiny`, counted by hand in their sources.
-SANDWICHES = {
-    "gemma": 0,
-    "gemma2": 4,
-    "gemma3_text": 4,
-    "gemma3": 4,
-    "shieldgemma2": 4,
+SANDWICHES = fused_counts.IN_TRANSFORMERS | {
     "paligemma": 0,
-    "vaultgemma": 0,
     "recurrent_gemma": 0,
-    "t5gemma": 10,  # two encoder layers of two, two decoder layers of three
-    "t5gemma2": 8,
     "qwen3_next": 0,
-    "muse_glimmer": 4,
 }
 
 
@@ -129,6 +122,19 @@ class TestWhatIsFused:
             gemma_fold.fold_model(model)
             found = model(input_ids=IDS).logits
         assert torch.equal(expected, found)
+
+    def test_no_version_in_the_table_has_less(self) -> None:
+        rows = json.loads(fused_counts.RESULTS.read_text())
+        assert {row["engine"] for row in rows} == {"transformers", "vllm", "sglang"}
+        for row in rows:
+            assert row["fused"] == row["expected"] and row["level"] != "other bits", row
+
+    def test_the_table_is_what_this_version_gives(self) -> None:
+        found = {row["family"]: row for row in fused_counts.rows() if row["level"] != "read"}
+        assert set(found) == {f for f in fused_counts.IN_TRANSFORMERS if f in tiny.available()}
+        for row in json.loads(fused_counts.RESULTS.read_text()):
+            if (row["engine"], row["version"]) == ("transformers", transformers.__version__):
+                assert row == found[row["family"]]
 
 
 class TestTheFunction:
@@ -241,8 +247,6 @@ class TestTheProof:
 
 class TestWhatIsSaid:
     def test_one_line_at_load(self, tmp_path: Path, said: Any) -> None:
-        import transformers
-
         tiny.save("gemma3_text", tmp_path / "source", torch.bfloat16)
         convert(tmp_path / "source", tmp_path / "folded")
         gemma_fold.load(tmp_path / "folded")

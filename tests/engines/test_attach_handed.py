@@ -6,6 +6,7 @@ hand on. Where handing on is allowed, both have to give the same.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_fold.engines.attach.handed import block_problem, layer_problem, model_problem
+from gemma_fold.engines.attach.handed import (
+    block_problem,
+    layer_problem,
+    methods_of,
+    model_problem,
+)
 
 #: Below this a change of the generator has gone wrong.
 FEWEST = 200
@@ -179,6 +185,20 @@ def test_every_mutant_of_an_engines_own_layer(name: str) -> None:
     if not file.is_file():
         pytest.skip(f"{package} is not installed here")
     check(handed_mutants.installed(file, cls))
+
+
+@pytest.mark.engine
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
+def test_vllms_own_classes_by_structure_alone(name: str) -> None:
+    pytest.importorskip("vllm.model_executor", exc_type=ImportError)
+    import vllm.model_executor.models as models
+    from gemma_fold.engines.vllm.known import FAMILIES
+
+    family = next(one for one in FAMILIES if one.module == name)
+    module = importlib.import_module(f"{models.__name__}.{name}")
+    assert model_problem(methods_of(getattr(module, family.model))) == ""
+    assert layer_problem(methods_of(getattr(module, family.layer)), family.layout) == ""
 
 
 class TestModels:

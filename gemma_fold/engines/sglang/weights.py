@@ -9,10 +9,12 @@ followed: their norms are brought in step when they are done.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from gemma_fold.format.manifest import FoldedTensor, read_manifest
 from gemma_fold.format.names import MANIFEST, MODEL_TYPE
 
 _STATE = "gemma_fold_weights"
+_log = logging.getLogger("sglang.gemma_fold")
 
 
 @dataclass(slots=True)
@@ -91,6 +94,9 @@ def initialize(original: Callable[..., nn.Module], *args: Any, **kwargs: Any) ->
     norms = zero_centred_norms(model)
     for _, norm in norms:
         adopt(norm, norm_class(norm, mode))
+    _log.info(
+        "gemma-fold: SGLang %s: %d norms folded, %s mode", version("sglang"), len(norms), mode
+    )
     if mode == "native":
         from gemma_fold.engines.sglang.layers import pair_norms
         from gemma_fold.engines.sglang.native import share_workspace

@@ -9,12 +9,15 @@ from functools import wraps
 from typing import Any
 
 import vllm
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from gemma_fold.engines.mode import Mode, requested_mode
 from gemma_fold.engines.vllm.config import folded_block
 from gemma_fold.engines.vllm.weights import Tally
 from gemma_fold.errors import CheckpointError, UnsupportedModelError
+
+logger = init_logger("vllm.gemma_fold")
 
 #: Load formats that read what an engine saved: its own parameters, past their weight loaders.
 _NO_CHECKPOINT = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
@@ -90,6 +93,13 @@ def wrap_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
             _fold_dummies(model)
         elif block is not None and self.load_config.load_format not in _NO_CHECKPOINT:
             _check(loading.tally, block, model_config)
+        if block is not None or mode == "native":
+            logger.info(
+                "gemma-fold: vLLM %s: %d norms folded, %d of them native",
+                vllm.__version__,
+                loading.tally.norms,
+                loading.tally.native,
+            )
         return model
 
     return load_model
