@@ -1,4 +1,4 @@
-"""The table of docs/compatibility.md, from what `tests/fused_counts.py` wrote."""
+"""The table of docs/compatibility.md, from what `tests/support/fused_counts.py` wrote."""
 
 from __future__ import annotations
 

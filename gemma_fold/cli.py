@@ -77,8 +77,8 @@ def inspect(source: str, as_json: bool) -> None:
 @click.option(
     "--force",
     is_flag=True,
-    help="Replace OUT if it is a folded checkpoint that convert made, and nothing else; "
-    "an interrupted run is started over.",
+    help="Replace OUT if it is a folded checkpoint that convert made, holds nothing else and was "
+    "not changed since; an interrupted run is started over.",
 )
 @click.option(
     "--no-digest",
