@@ -193,6 +193,7 @@ def test_every_mutant_of_an_engines_own_layer(name: str) -> None:
 def test_vllms_own_classes_by_structure_alone(name: str) -> None:
     pytest.importorskip("vllm.model_executor", exc_type=ImportError)
     import vllm.model_executor.models as models
+
     from gemma_fold.engines.vllm.known import FAMILIES
 
     family = next(one for one in FAMILIES if one.module == name)
