@@ -33,12 +33,29 @@ def below(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
                 waiting.append(relative)
 
 
+def is_there(path: Path) -> bool:
+    """Whether `path` names anything, a link to nothing included.
+
+    Raises:
+        HostError: the disk does not say; `os.path.lexists` would call that absent.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise HostError(
+            f"cannot look at {path}: {error.strerror}; check the folder and the disk"
+        ) from error
+    return True
+
+
 def is_empty_or_absent(folder: Path) -> bool:
     """Whether nothing is lost if something else takes the place of `folder`."""
     try:
         return not os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
-        return not os.path.lexists(folder)
+        return not is_there(folder)
     except OSError as error:
         raise HostError(
             f"cannot list {folder}: {error.strerror}; check the folder and the disk"

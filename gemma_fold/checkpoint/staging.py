@@ -33,6 +33,7 @@ from gemma_fold.checkpoint.journal import (
     is_torn_marker,
     read_journal,
 )
+from gemma_fold.checkpoint.listing import is_there
 from gemma_fold.checkpoint.merge import GOES, Merge, conflict, finish_merge, plan_merge
 from gemma_fold.checkpoint.names import work_folder_name
 from gemma_fold.checkpoint.rename import exchange, rename_new
@@ -78,7 +79,7 @@ def settle(out: Path) -> Settled:
         UsageError: something that is not ours has the work folder's name.
     """
     path = work_folder(out)
-    if not os.path.lexists(path):
+    if not is_there(path):
         return Settled()
     with _explained(path), open_folder(path.parent) as parent, _locked(parent, path) as work:
         place = _Place(parent, work, Path(os.path.realpath(out)))

@@ -411,7 +411,22 @@ def test_force_keeps_what_was_changed_since(case: str, tmp_path: Path) -> None:
     assert tree(out) == before
 
 
-# --- what cannot be listed ------------------------------------------------------------------------
+# --- what cannot be looked at or listed -----------------------------------------------------------
+
+
+def test_work_folder_that_cannot_be_looked_at_is_an_error_and_not_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.lstat
+
+    def lstat(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith(".gemma-fold"):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    with pytest.raises(HostError, match="cannot look at"):
+        settle(tmp_path / "out")
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOENT, errno.EACCES])

@@ -13,7 +13,6 @@ next run for the same folder finishes.
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ import torch
 
 from gemma_fold.checkpoint.digest import digest_parts, digest_text, tensor_parts
 from gemma_fold.checkpoint.layout import Layout, replace_tensors
-from gemma_fold.checkpoint.listing import below, is_empty_or_absent
+from gemma_fold.checkpoint.listing import below, is_empty_or_absent, is_there
 from gemma_fold.checkpoint.names import unsafe_reason
 from gemma_fold.checkpoint.source import (
     CONFIG,
@@ -77,7 +76,7 @@ def save_folded(
         save_pretrained(*arguments.args, **arguments.kwargs)
         return
     names = _names_on_disk(model, original_names=given.get("save_original_format", True))
-    if os.path.lexists(folder) and not folder.is_dir():
+    if is_there(folder) and not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; name one")
     notes = settle(folder).notes
     with open_staging(
