@@ -8,11 +8,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import probe
 import sentencepiece
+import written
+from safetensors.torch import load_file
 
 
 def load(checkpoint: Path, folder: Path) -> object:
+    """It builds no model; whether it adds 1 to what the file holds shows in what it writes."""
+    name = "blk.0.attn_norm.weight"
+    tensors = gguf.GGUFReader(converted(checkpoint, folder)).tensors
+    found = next(tensor for tensor in tensors if tensor.name == name)
+    stored = load_file(checkpoint / "model.safetensors")[written.NORM].float().numpy()
+    assert (found.data == stored + 1).all()
+    return f"writes norms {list(found.data.shape)}, 1 added to what the file holds"
+
+
+def converted(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint as a GGUF file."""
     source = shutil.copytree(checkpoint, folder / "source")
     config = json.loads((source / "config.json").read_text())
     _add_tokenizer(source, config.get("base_config", config)["vocab_size"])
@@ -23,7 +37,7 @@ def load(checkpoint: Path, folder: Path) -> object:
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         raise RuntimeError(lines[-1])
-    return (folder / "model.gguf").stat().st_size
+    return folder / "model.gguf"
 
 
 def _add_tokenizer(folder: Path, size: int) -> None:
