@@ -57,8 +57,9 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 	touch $@
 
 engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m
-	$(VLLM)/bin/pytest -m engine --durations=8 tests/engines/test_vllm.py
-	$(SGLANG)/bin/pytest -m engine --durations=8 tests/engines/test_sglang*.py
+	$(VLLM)/bin/pytest -m engine --durations=8 tests/engines/test_vllm.py; vllm=$$?; \
+	$(SGLANG)/bin/pytest -m engine --durations=8 tests/engines/test_sglang*.py; sglang=$$?; \
+	exit $$((vllm || sglang))
 
 # Two lanes side by side, of one thread a process, so that they do not fight over few cores.
 test engines: export OMP_NUM_THREADS ?= 1

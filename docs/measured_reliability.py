@@ -28,7 +28,7 @@ def crash_matrix() -> str:
     ]
     total = sum(report["trials"] for report in reports)
     failures = sum(len(report["failures"]) for report in reports)
-    commits = ", ".join(sorted({f"`{report['commit'][:12]}`" for report in reports}))
+    commits = ", ".join(sorted({f"`{report['commit'][:7]}`" for report in reports}))
     return (
         f"{table(('command', 'calls tried', *(f'trials, {s}' for s in systems)), rows)}\n\n"
         f"{total:,} trials, {failures} problems (Linux {reports[0]['kernel']}, "

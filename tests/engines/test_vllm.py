@@ -215,7 +215,7 @@ def refusals(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("unlocked", r"without the tensor lock.*without --no-tensor-lock"),
         ("stray_raw", r"1 of 13 norms in .* are not folded.*fold the original again"),
         ("stray_gamma", r"does not load the folded Qwen3_5ForCausalLM.*serve the original"),
-        ("mode", r"invalid GEMMA_FOLD='fast': expected 'native' or 'stock'"),
+        ("mode", r"invalid GEMMA_FOLD='fast': expected 'native', 'stock' or 'require'"),
     ],
 )
 def test_a_wrong_checkpoint_is_refused_with_what_to_do(
