@@ -93,8 +93,12 @@ def gpu_floor() -> str:
 
 
 def convert() -> str:
-    """Seconds and memory of convert and cp."""
-    found = _read("convert.json")
+    """Seconds and memory of convert and cp, machine by machine."""
+    return "\n\n".join(map(_converted, ("convert.json", "convert_16_cores.json")))
+
+
+def _converted(name: str) -> str:
+    found = _read(name)
     meta = found["meta"]
     header = ("case", "command", "seconds", "against cp", "peak memory, MB", "moved by", "commit")
     machine = (

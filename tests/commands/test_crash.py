@@ -161,6 +161,9 @@ import os, signal, sys
 from gemma_fold import cli
 from gemma_fold.commands import render
 
+# Whoever starts the tests in the background may have it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 class Interrupted(render.ProgressBar):
     def file(self, name, number):
         if number == 2:
