@@ -2,18 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test test-library test-fast engines check docs lock clean
+# The pins are of Python 3.11 and later; `make test-fast LOCK=` takes what there is today instead.
+LOCK ?= -c constraints.txt
 
-help:
-	@echo "make demo   a real Gemma 3 270M: inspect, convert, verify, unfold, generate, diff"
-	@echo "make test   every test this machine can run; make engines: vLLM's and SGLang's alone"
-	@echo "make check  ruff and mypy"
+.PHONY: help venv demo test test-library test-fast engines check docs lock canary clean
 
-venv: .venv/.complete
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
+
+venv: .venv/.complete ## the environment that all else runs in, .venv
 
 .venv/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q $(LOCK) -e '.[dev]'
 	touch $@
 
 # Atomic, so that an interrupted build is not taken for a model.
@@ -24,7 +25,7 @@ venv: .venv/.complete
 	$(BIN)/python examples/make_gemma3_270m.py $@.building $(OPTIONS) > /dev/null
 	mv $@.building $@
 
-demo: venv .cache/gemma-3-270m .cache/gemma-3-270m-sharded
+demo: venv .cache/gemma-3-270m .cache/gemma-3-270m-sharded ## a real Gemma 3 270M: inspect, convert, verify, unfold, generate, diff
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 # The oldest supported transformers, in an environment of its own.
@@ -56,45 +57,48 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 	$(SGLANG)/bin/python tests/engines/sglang_setup.py
 	touch $@
 
-engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m
+engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m ## the tests that need vLLM or SGLang, each in its environment
 	$(VLLM)/bin/pytest -m engine --durations=8 tests/engines/test_vllm.py; vllm=$$?; \
 	$(SGLANG)/bin/pytest -m engine --durations=8 tests/engines/test_sglang*.py; sglang=$$?; \
 	exit $$((vllm || sglang))
 
-# Two lanes side by side, of one thread a process, so that they do not fight over few cores.
+# Two lanes of one thread a process, side by side where there are two cores for them.
 test engines: export OMP_NUM_THREADS ?= 1
-test: venv .cache/gemma-3-270m
-	@mkdir -p .venvs
-	@echo "the engines' tests run meanwhile, and print at the end"
-	@$(MAKE) --no-print-directory engines > .venvs/engines.log 2>&1 & lane=$$!; \
+test: venv .cache/gemma-3-270m ## every test that this machine can run: test-library and engines
+	@if [ "$$(nproc)" -lt 2 ]; then \
+		$(MAKE) --no-print-directory test-library; library=$$?; \
+		$(MAKE) --no-print-directory engines && exit $$library; exit 1; \
+	fi; \
+	mkdir -p .venvs; \
+	echo "the engines' tests run meanwhile, and print at the end"; \
+	$(MAKE) --no-print-directory engines > .venvs/engines.log 2>&1 & lane=$$!; \
 	trap "kill $$lane 2> /dev/null" EXIT; \
 	$(MAKE) --no-print-directory test-library; library=$$?; \
 	wait $$lane; engines=$$?; \
 	cat .venvs/engines.log; \
 	exit $$((library || engines))
 
-test-library: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded
+test-library: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded ## every test but the engines', with the oldest transformers and the pinned one
 	$(OLDEST)/bin/pytest -m "not engine" tests/engines/test_transformers*.py \
 		tests/engines/test_serve.py tests/engines/test_unaware_loaders.py
 	$(BIN)/pytest -m "not engine"
 
-test-fast: venv
+test-fast: venv ## the tests that take a second or less each
 	$(BIN)/pytest
 
-check: venv
+check: venv ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: venv .cache/gemma-3-270m
+docs: venv .cache/gemma-3-270m ## make the generated parts of the documents anew
 	$(BIN)/python docs/generate.py
 
-# Pin what a fresh resolution gives today.
-lock:
-	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install -q torch==2.13.0 triton==3.6.0 && .venv-lock/bin/pip install -q '.[dev]'
-	.venv-lock/bin/pip freeze --exclude gemma-fold | grep -v '^nvidia' | sed 's/+cpu$$//' > constraints.txt
-	rm -rf .venv-lock
+lock: ## write every constraints*.txt anew, from what is released today
+	$(PYTHON) tools/lock.py
 
-clean:
+canary: ## try the newest release of each engine, and print what still holds
+	$(PYTHON) tools/canary.py $(ENGINES)
+
+clean: ## remove all that was built or installed here
 	rm -rf .venv .venvs .cache .demo build dist

@@ -129,6 +129,7 @@ class ProgressBar(Progress):
         self._bar: Any = None
 
     def start(self, total_bytes: int, files: int) -> None:
+        """Draw the bar, empty."""
         self._total, self._files = human_size(total_bytes), files
         self._bar = click.progressbar(
             length=total_bytes,
@@ -139,12 +140,15 @@ class ProgressBar(Progress):
         ).__enter__()
 
     def file(self, name: str, number: int) -> None:
+        """Show the file that begins."""
         self._file = f"{number}/{self._files} {name}"
         self.advance(0)
 
     def advance(self, n_bytes: int) -> None:
+        """Move on by `n_bytes`."""
         done = human_size(self._bar.pos + n_bytes)
         self._bar.update(n_bytes, f"{done} of {self._total}  {self._file}")
 
     def finish(self) -> None:
+        """Leave the bar as it is, and end its line."""
         self._bar.__exit__(None, None, None)

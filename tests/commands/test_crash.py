@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import patience
 import pytest
 from checkpoints import gemma3_tensors, tree, write_checkpoint
 
@@ -40,7 +41,7 @@ run(sys.argv[1], sys.argv[2], resume=len(sys.argv) > 4, progress=Dying())
 def die_at(event: int, source: Path, out: Path, *resume: str, module: str = "convert") -> int:
     script = DYING.format(module=module)
     command = [sys.executable, "-c", script, str(source), str(out), str(event), *resume]
-    return subprocess.run(command, timeout=120, check=False).returncode
+    return subprocess.run(command, timeout=patience.seconds(120), check=False).returncode
 
 
 def test_killed_at_any_event_then_resumed(tmp_path: Path) -> None:

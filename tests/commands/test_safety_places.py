@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import patience
 import pytest
 from checkpoints import tree, write_checkpoint
 from commands import run
@@ -131,12 +132,17 @@ def test_no_file_takes_the_place_of_a_closed_stream(closed: str, tmp_path: Path)
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=patience.seconds(120),
     )
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     assert verify(out, against=source).ok
     again = ["bash", "-c", command, sys.executable, source, out]
-    assert subprocess.run(again, capture_output=True, check=False, timeout=120).returncode == 2
+    assert (
+        subprocess.run(
+            again, capture_output=True, check=False, timeout=patience.seconds(120)
+        ).returncode
+        == 2
+    )
 
 
 def test_descriptors_of_closed_streams_are_taken(tmp_path: Path) -> None:
@@ -146,7 +152,7 @@ def test_descriptors_of_closed_streams_are_taken(tmp_path: Path) -> None:
         "[os.write(number, b'noise') for number in (1, 2)]"
     )
     command = ["bash", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, script]
-    assert subprocess.run(command, check=False, timeout=120).returncode == 0
+    assert subprocess.run(command, check=False, timeout=patience.seconds(120)).returncode == 0
     assert (tmp_path / "opened").read_bytes() == b"x"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import patience
 import pytest
 import tiny
 import torch
@@ -267,7 +268,12 @@ def test_the_command_exits_with_2(models: dict[str, Any], tokenizer: Any, text_f
         command = [sys.executable, "-m", "gemma_fold", "diff", server.url, server.url]
         options = ["--prompts", "0", "--text", str(text_file)]
         shown, parsed = (
-            subprocess.run([*command, *options, *more], capture_output=True, text=True, timeout=120)
+            subprocess.run(
+                [*command, *options, *more],
+                capture_output=True,
+                text=True,
+                timeout=patience.seconds(120),
+            )
             for more in ([], ["--json"])
         )
     assert shown.returncode == parsed.returncode == 2

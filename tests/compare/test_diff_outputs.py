@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import patience
 import pytest
 import tiny
 import torch
@@ -565,7 +566,9 @@ def test_the_command_where_no_server_listens(root: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         command = [sys.executable, "-m", "gemma_fold", "diff", str(root / "model"), url]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=patience.seconds(120)
+        )
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("gemma-fold: ") and result.stderr.count("\n") == 1
     assert "cannot be reached" in result.stderr and "start the server" in result.stderr

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import patience
 from local_server import free_port, wait_until_healthy
 
 OPTIONS = (
@@ -44,12 +45,13 @@ class Server:
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=patience.seconds(120)) as answer:
             return json.load(answer)
 
     def settle(self) -> None:
         """Wait until the scheduler is done with what was answered; updates stop it before."""
-        urllib.request.urlopen(self.url + "/flush_cache?timeout=60", timeout=120).close()
+        path = f"/flush_cache?timeout={patience.seconds(60):.0f}"
+        urllib.request.urlopen(self.url + path, timeout=patience.seconds(120)).close()
 
     def outputs(
         self, prompts: Sequence[Sequence[int]] = PROMPTS, tokens: int = TOKENS
@@ -81,6 +83,7 @@ def started(
     """A server for the checkpoint in `folder` until the block ends; RuntimeError if it stops."""
     port = free_port()
     arguments = [sys.executable, *command, str(folder), f"--port={port}", *options]
+    arguments.append(f"--watchdog-timeout={patience.seconds(300):.0f}")
     with open(log, "wb") as output:
         process = subprocess.Popen(
             arguments,
@@ -101,4 +104,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Stop the server and the processes that it started, which are its session."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
+    process.wait(patience.seconds(30))

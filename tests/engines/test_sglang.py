@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
+import patience
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,8 +50,10 @@ FAMILIES = (
 # Servers
 
 
-def side_by_side(*jobs: Callable[[], Any]) -> list[Any]:
-    with ThreadPoolExecutor(len(jobs)) as pool:
+def side_by_side(*jobs: Callable[[], Any], cores_each: int = 1) -> list[Any]:
+    """What the jobs give; no more of them run at once than there are cores for."""
+    at_once = max(1, patience.cores() // cores_each)
+    with ThreadPoolExecutor(min(len(jobs), at_once)) as pool:
         return [future.result() for future in [pool.submit(job) for job in jobs]]
 
 
@@ -76,6 +79,7 @@ def test_a_server_says_what_it_says_for_the_original(
     original, folded = side_by_side(
         lambda: says(checkpoints.original, "original"),
         lambda: says(checkpoints.folded, "folded", GEMMA_FOLD=mode),
+        cores_each=ranks,
     )
     assert folded == original
     assert original[0] != original[1]

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import patience
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -73,7 +74,10 @@ def by_broadcast(loaded: Any, pushed: Pushed) -> tuple[bool, str]:
     """From rank 0 of a group, which is a process of its own."""
     port = free_port()
     sender = subprocess.Popen(
-        [sys.executable, "-c", SENDER, str(pushed.folder / "model.safetensors"), str(port)]
+        [
+            *(sys.executable, "-c", SENDER),
+            *(str(pushed.folder / "model.safetensors"), str(port), str(patience.seconds(120))),
+        ]
     )
     try:
         group = ("127.0.0.1", port, 1, 2, "trainer", "gloo")
@@ -100,7 +104,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper
 
-wait = timedelta(minutes=2)
+wait = timedelta(seconds=float(sys.argv[3]))
 store = PrefixStore("trainer", dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, True, wait))
 group, _ = _new_process_group_helper(
     2, 0, [], Backend("gloo"), store, group_name="trainer", timeout=wait
@@ -108,7 +112,7 @@ group, _ = _new_process_group_helper(
 dist.distributed_c10d._world.pg_group_ranks[group] = {0: 0, 1: 1}
 for tensor in load_file(sys.argv[1]).values():
     dist.broadcast(tensor, src=0, group=group)
-time.sleep(600)  # until it is killed: the group goes away at the other end first
+time.sleep(86_400)  # until it is killed: the group goes away at the other end first
 """
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import patience
 import pytest
 import tiny
 import torch
@@ -91,7 +92,7 @@ def run(program: str, checkpoint: Path, original: Path) -> subprocess.CompletedP
         [sys.executable, "-c", head + program + tail, str(checkpoint), str(original)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience.seconds(300),
     )
 
 

@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import patience
 import pytest
 import torch
 import vllm_models
@@ -50,6 +51,8 @@ ENVIRONMENT = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the worker sends functions to ask a model
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are shared with other processes
+    "VLLM_ENGINE_READY_TIMEOUT_S": f"{patience.seconds(600):.0f}",
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": f"{patience.seconds(300):.0f}",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -69,7 +72,7 @@ def work(
             env=env,
             stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=900,
+            timeout=patience.seconds(900),
         )
     if done.returncode:
         pytest.fail(f"{job} ended with {done.returncode}:\n{log.read_text()[-6000:]}")
@@ -326,7 +329,7 @@ def report(text: Path, *arguments: str | Path) -> Any:
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=patience.seconds(900),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
@@ -347,7 +350,8 @@ def test_served_alike(real_270m: Path, folded_270m: Path, tmp_path: Path) -> Non
         server(stock, tmp_path / "stock.log") as a,
         server([*ours, *options], tmp_path / "ours.log") as b,
     ):
-        found = report(tmp_path / "text", a, b, "--timeout", "600", "--no-noise-floor")
+        wait = f"{patience.seconds(600):.0f}"
+        found = report(tmp_path / "text", a, b, "--timeout", wait, "--no-noise-floor")
     assert_same_outputs(found)
 
 

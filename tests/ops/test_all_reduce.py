@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import patience
 import pytest
 import torch
 
@@ -28,7 +29,7 @@ def test_ranks_agree_with_the_formula(world: int, tmp_path: Path) -> None:
         )
         for rank in range(world)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in ranks]
+    outputs = [process.communicate(timeout=patience.seconds(300))[0] for process in ranks]
     for process, output in zip(ranks, outputs, strict=True):
         assert process.returncode == 0, output[-3000:]
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import patience
+
 
 def run(
     *arguments: str | Path, command: tuple[str, ...] = ("-m", "gemma_fold"), **options: Any
@@ -16,7 +18,7 @@ def run(
         [sys.executable, *command, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience.seconds(120),
         check=False,
         **options,
     )

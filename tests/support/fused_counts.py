@@ -1,8 +1,9 @@
 """How much is fused in each family by the engines of this environment, into tests/data/fused.json.
 
-    PYTHONPATH=. python tests/support/fused_counts.py
+    PYTHONPATH=. python tests/support/fused_counts.py [--print]
 
-Run it once in an environment of each version; rows of other versions stay. transformers runs: each
+Run it once in an environment of each version; rows of other versions stay. With --print the rows of
+this one go to stdout, as JSON, and no file is written. transformers runs: each
 family is built small, and its outputs before and after folding are compared bit for bit. vLLM's and
 SGLang's sources are read, and their forwards run on stand-ins: no kernel of theirs runs.
 """
@@ -10,6 +11,7 @@ SGLang's sources are read, and their forwards run on stand-ins: no kernel of the
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +93,9 @@ def _outputs(model: Any, family: str) -> list[torch.Tensor]:
 
 def main() -> None:
     warnings.simplefilter("ignore")
+    if sys.argv[1:] == ["--print"]:
+        print(json.dumps(list(rows())))
+        return
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     new = list(rows())
     here = {(row["engine"], row["version"]) for row in new}

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import patience
+
 _START_SECONDS = 300
 
 
@@ -42,17 +44,17 @@ def running(
         yield address
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(patience.seconds(60))
 
 
 def wait_until_healthy(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     """Returns when the server answers; RuntimeError, with its log, if it ends or takes too long."""
-    deadline = time.monotonic() + _START_SECONDS
+    deadline = time.monotonic() + patience.seconds(_START_SECONDS)
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended: {log.read_text(errors='replace')}")
         try:
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            urllib.request.urlopen(f"{address}/health", timeout=patience.seconds(5)).close()
             return
         except OSError:
             time.sleep(0.3)
