@@ -1,0 +1,79 @@
+"""What users do around `fold_model`: optimizers, transforms, adapters, parametrizations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import gemma_fold
+from gemma_fold.engines.transformers import install
+from gemma_fold.engines.transformers.norms import FoldedNorm
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+install()
+
+IDS = torch.randint(3, 88, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def gains(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: m.gain for n, m in model.named_modules() if isinstance(m, FoldedNorm)}
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+
+
+class TestAnOptimizerMadeBefore:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_it_trains_the_norms_of_the_folded_model(self, dtype: torch.dtype) -> None:
+        model = tiny.build("gemma3_text", dtype)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0)
+        gemma_fold.fold_model(model)
+        before = {name: gain.detach().clone() for name, gain in gains(model).items()}
+        step(model, optimizer)
+        assert len(before) == 13
+        for name, gain in gains(model).items():
+            assert gain.dtype == torch.float32
+            # The first step of Adam is lr in the direction of the gradient, whatever its size.
+            moved = (gain.detach() - before[name]).abs()
+            torch.testing.assert_close(moved, torch.full_like(moved, 0.1), rtol=1e-2, atol=0)
+
+    def test_it_trains_the_norms_of_the_unfolded_model(self) -> None:
+        model = gemma_fold.fold_model(tiny.build("gemma3_text", torch.float32))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gemma_fold.unfold_model(model)
+        before = model.model.norm.weight.detach().clone()
+        step(model, optimizer)
+        assert not torch.equal(model.model.norm.weight, before)
+
+    def test_gradients_made_before_are_kept(self) -> None:
+        model = tiny.build("gemma3_text", torch.bfloat16)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        expected = model.model.norm.weight.grad.clone()
+        gain = gemma_fold.fold_model(model).model.norm.gain
+        assert torch.equal(gain.grad[:, 0], expected.float())
+        gemma_fold.unfold_model(model)
+        assert torch.equal(model.model.norm.weight.grad, expected)
+
+    def test_a_weight_shared_with_another_module_is_left_to_that_module(self) -> None:
+        model = tiny.build("gemma3_text", torch.float32)
+        model.other = nn.LayerNorm(32)
+        model.other.weight = model.model.norm.weight
+        raw = model.model.norm.weight.detach().clone()
+        gemma_fold.fold_model(model)
+        assert torch.equal(model.other.weight, raw)
+        assert torch.equal(model.model.norm.gain[:, 0], 1 + raw)
+
+    def test_an_optimizer_that_has_stepped_does_not_go_on_silently(self) -> None:
+        model = tiny.build("gemma3_text", torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        step(model, optimizer)
+        gemma_fold.fold_model(model)
+        with pytest.raises(RuntimeError):
+            step(model, optimizer)
