@@ -77,3 +77,43 @@ class TestAnOptimizerMadeBefore:
         gemma_fold.fold_model(model)
         with pytest.raises(RuntimeError):
             step(model, optimizer)
+
+
+class TestFunctionTransforms:
+    def models(self) -> tuple[nn.Module, nn.Module]:
+        model = tiny.build("gemma3_text", torch.float32)
+        return model, gemma_fold.fold_model(tiny.build("gemma3_text", torch.float32))
+
+    def test_a_tangent_through_the_model(self) -> None:
+        tangents = []
+        for model in self.models():
+            embedded = model.get_input_embeddings()(IDS).detach()
+            direction = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(1))
+
+            def run(x: torch.Tensor, model: Any = model) -> torch.Tensor:
+                return model(inputs_embeds=x, use_cache=False, attn_implementation="eager").logits
+
+            model.config._attn_implementation = "eager"
+            tangents.append(torch.func.jvp(run, (embedded,), (direction,))[1])
+        assert tangents[0].abs().max() > 0.01
+        torch.testing.assert_close(tangents[1], tangents[0], rtol=1e-4, atol=1e-5)
+
+    def test_gradients_per_sample(self) -> None:
+        gradients = []
+        for model in self.models():
+            model.config._attn_implementation = "eager"
+            names = [name for name, _ in model.named_parameters() if "norm" in name]
+            trained = {n: p.detach() for n, p in model.named_parameters() if n in names}
+
+            def loss(
+                weights: dict[str, torch.Tensor], x: torch.Tensor, model: Any = model
+            ) -> torch.Tensor:
+                given = {"inputs_embeds": x[None], "use_cache": False}
+                return torch.func.functional_call(model, weights, (), given).logits.square().mean()
+
+            embedded = model.get_input_embeddings()(IDS).detach()
+            per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, embedded)
+            gradients.append({name: one.flatten(1) for name, one in per_sample.items()})
+        assert gradients[0].keys() == gradients[1].keys()
+        for name, expected in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-6)
