@@ -31,6 +31,7 @@ def is_transformed() -> bool:
     """Whether a function transform or forward-mode differentiation may see this call.
 
     Torch gives operators no tangents, batching rules or higher derivatives of their own: such calls
-    run the plain composition, which has them all. torch.compile traces transforms its own way.
+    run the plain composition, which has them all. torch.compile cannot ask for transforms; it stops
+    at those that differentiate backward, and traces the level of forward-mode differentiation.
     """
-    return not _compiling() and (_transforms() is not None or forward_ad._current_level >= 0)
+    return forward_ad._current_level >= 0 or (not _compiling() and _transforms() is not None)

@@ -125,8 +125,13 @@ def cubed(f: Norm) -> Norm:
     return lambda x, gamma: f(x, gamma).pow(3).sum()
 
 
+def compiled_tangent(f: Norm) -> Norm:
+    return torch.compile(tangent(f), backend="eager", fullgraph=True)
+
+
 TRANSFORMS: dict[str, Callable[[Norm], Norm]] = {
     "jvp": tangent,
+    "compiled jvp": compiled_tangent,
     "dual": dual_tangent,
     "jacfwd of x": jacfwd,
     "jacfwd of gamma": lambda f: jacfwd(f, argnums=1),
