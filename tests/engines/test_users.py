@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import gemma_fold
+from gemma_fold.commands.verify import verify
 from gemma_fold.engines.transformers import install
 from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.errors import UnsupportedModelError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 install()
@@ -21,6 +25,11 @@ IDS = torch.randint(3, 88, (2, 9), generator=torch.Generator().manual_seed(0))
 
 def gains(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: m.gain for n, m in model.named_modules() if isinstance(m, FoldedNorm)}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -117,3 +126,51 @@ class TestFunctionTransforms:
         assert gradients[0].keys() == gradients[1].keys()
         for name, expected in gradients[0].items():
             torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-6)
+
+
+class TestAdaptersWithTrainedNorms:
+    @pytest.mark.parametrize("where", ["original", "folded"])
+    def test_load_adapter(self, where: str, tmp_path: Path) -> None:
+        import peft
+
+        config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["norm"])
+        base = tiny.build("gemma3_text", torch.float32)
+        trained = peft.get_peft_model(
+            base if where == "original" else gemma_fold.fold_model(base), config
+        )
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.25)
+        trained.save_pretrained(tmp_path / "adapter")
+        expected = logits(trained.eval())
+        model = gemma_fold.fold_model(tiny.build("gemma3_text", torch.float32))
+        before = logits(model)
+        model.load_adapter(str(tmp_path / "adapter"))
+        assert not torch.equal(expected, before)
+        torch.testing.assert_close(logits(model), expected)
+
+
+class TestParametrizedNorms:
+    def test_casts_and_saving(self, tmp_path: Path) -> None:
+        class Doubled(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return 2 * x
+
+        model = gemma_fold.fold_model(tiny.build("gemma3_text", torch.float32))
+        gain = model.model.norm.gain.detach().clone()
+        parametrize.register_parametrization(model.model.norm, "weight", Doubled())
+        model.to(torch.bfloat16)
+        assert model.model.norm.gain.dtype == torch.float32
+        assert torch.equal(model.model.norm.gain, 2 * gain)
+        assert torch.isfinite(logits(model)).all()
+        with pytest.raises(UnsupportedModelError, match="remove_parametrizations first"):
+            model.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+        parametrize.remove_parametrizations(model.model.norm, "weight")
+        assert type(model.model.norm) is FoldedNorm
+        model.save_pretrained(tmp_path / "saved")
+        assert verify(tmp_path / "saved").problems == ()
+        torch.testing.assert_close(
+            gemma_fold.load(tmp_path / "saved").model.norm.gain, 2 * gain, rtol=0, atol=2**-21
+        )

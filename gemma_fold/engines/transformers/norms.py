@@ -111,6 +111,18 @@ class FoldedNorm(Watched):
         parameter = self._parameters.get(self.gain_name)
         return getattr(self, self.gain_name) if parameter is None else parameter
 
+    def unlock(self) -> None:
+        """Give the parameter shape [H], for a raw w that is loaded into it next."""
+        gain = self.gain
+        raw = gain.detach().reshape(-1)
+        self._parameters[self.gain_name] = _with_value(gain, raw, keep=True)
+
+    def fold_raw(self) -> None:
+        """Fold a raw w that was loaded into the unlocked parameter, and lock it again."""
+        gain = self.gain
+        gamma = arithmetic.fold(gain.detach(), self.fold.offset)[:, None]
+        self._parameters[self.gain_name] = _with_value(gain, gamma, keep=True)
+
     def lock(self) -> None:
         """Give a gamma loaded as [H] its [H, 1] shape."""
         old = self.gain
