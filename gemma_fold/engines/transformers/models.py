@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -57,11 +58,7 @@ def unfold_model(model: Model) -> Model:
     norms = [module for module in model.modules() if isinstance(module, FoldedNorm)]
     if not norms:
         raise UnsupportedModelError(f"{type(model).__name__} is not folded; there is nothing to do")
-    if any(is_parametrized(norm) for norm in norms):
-        raise UnsupportedModelError(
-            "a norm has a parametrization; take it off with "
-            "torch.nn.utils.parametrize.remove_parametrizations first"
-        )
+    refuse_parametrized(norms)
     if any("forward" in norm.__dict__ or norm.gain.is_meta for norm in norms):
         raise UnsupportedModelError(
             "the model is offloaded, so its norms are not all in memory; load it without device_map"
@@ -99,6 +96,15 @@ def adopt_norms(model: nn.Module, *, locked: bool = True) -> list[FoldedNorm]:
     ]
     announce(report(len(norms), fuse_layers(model)))
     return norms
+
+
+def refuse_parametrized(norms: Iterable[FoldedNorm]) -> None:
+    """UnsupportedModelError where one of them has a parametrization."""
+    if any(is_parametrized(norm) for norm in norms):
+        raise UnsupportedModelError(
+            "a norm has a parametrization; take it off with "
+            "torch.nn.utils.parametrize.remove_parametrizations first"
+        )
 
 
 def shared_parameters(model: nn.Module) -> set[int]:

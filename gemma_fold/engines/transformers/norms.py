@@ -111,6 +111,16 @@ class FoldedNorm(Watched):
         parameter = self._parameters.get(self.gain_name)
         return getattr(self, self.gain_name) if parameter is None else parameter
 
+    def _stored(self) -> list[nn.Parameter]:
+        """The parameter, or those that a parametrization makes the gain of."""
+        parameter = self._parameters.get(self.gain_name)
+        if parameter is not None:
+            return [parameter]
+        made = self._modules.get("parametrizations")
+        if not isinstance(made, nn.ModuleDict) or self.gain_name not in made:
+            return []
+        return [one for one in made[self.gain_name]._parameters.values() if one is not None]
+
     def unlock(self) -> None:
         """Give the parameter shape [H], for a raw w that is loaded into it next."""
         gain = self.gain
@@ -158,8 +168,7 @@ class FoldedNorm(Watched):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedNorm:
         # .to(dtype), .half() and the like end here. A 16-bit gamma is not the model's gain any
         # more, so gamma follows the device and keeps its dtype.
-        gain = self.gain
-        kept = (gain, gain.grad)
+        kept = [one for gain in self._stored() for one in (gain, gain.grad)]
 
         def apply(tensor: Tensor) -> Tensor:
             out = fn(tensor)
