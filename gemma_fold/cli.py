@@ -253,7 +253,7 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "vllm", "sglang", "transformers"]),
-    help="auto picks vllm where it is installed, then transformers.",
+    help="auto picks the first that is installed of vllm, sglang, transformers.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))

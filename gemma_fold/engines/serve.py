@@ -8,6 +8,7 @@ import runpy
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from gemma_fold.checkpoint.locate import fetch
@@ -80,11 +81,15 @@ def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[
             "pip install 'gemma-fold[transformers,serve]'"
         )
     import typer
+    from huggingface_hub.constants import HF_HUB_CACHE
     from transformers.cli.serve import Serve
 
     from gemma_fold.engines.transformers import install
 
     install()
+    # That server looks for models there, and fails requests where there is no such folder.
+    with suppress(OSError):
+        Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     # Its whole command line would import commands with dependencies that serving does not have.
     app = typer.Typer(add_completion=False)
     app.command(name="serve")(Serve)

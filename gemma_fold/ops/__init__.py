@@ -4,7 +4,9 @@ Activations are bf16, fp16 or fp32, ``[..., H]`` with ``H`` up to 16,384; gammas
 already folded (``gamma = 1 + w``). Every norm is ``(x32 * rsqrt(mean(x32^2) + eps) * gamma)``
 rounded once, and fused operators round where the unfused sequence rounds. CUDA tensors run Triton
 kernels, CPU tensors plain torch. All are torch.library operators (``torch.ops.gemma_fold.*``):
-they trace under torch.compile without graph breaks and run in CUDA graphs.
+they trace under torch.compile without graph breaks and run in CUDA graphs. Under function
+transforms (``torch.func``) and forward-mode differentiation they run as plain torch everywhere;
+those with float8 output or an all-reduce have no derivative there either.
 
 On GPUs from Hopper on, a kernel may start while the one before it still runs, and for few rows it
 reads gamma at once. What writes a gamma must therefore not signal its dependents before it ends:
@@ -20,7 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from gemma_fold.ops import dispatch
+from gemma_fold.ops import dispatch, reference
 from gemma_fold.ops import registry as _registry  # noqa: F401  (registers torch.ops)
 from gemma_fold.ops.collectives.api import (
     all_reduce,
@@ -30,7 +32,7 @@ from gemma_fold.ops.collectives.api import (
     all_reduce_rms_norm_add_rms_norm_fp8,
 )
 from gemma_fold.ops.collectives.workspace import AllReduceWorkspace
-from gemma_fold.ops.eager import runs_eagerly
+from gemma_fold.ops.eager import is_transformed, runs_eagerly
 
 __all__ = [
     "AllReduceWorkspace",
@@ -59,12 +61,16 @@ _grad_enabled = torch.is_grad_enabled
 def rms_norm(x: Tensor, gamma: Tensor, eps: float = 1e-6) -> Tensor:
     """RMSNorm with fp32 gain. ``x``: [..., H]; ``gamma``: fp32 [H]. Differentiable in both.
 
+    Derivatives of any order and tangents are those of the plain formula.
     Returns [..., H] in the dtype of ``x``. ``x`` may have any row stride, be heads
     [..., heads, H] cut out of a wider tensor, or have its leading dimensions transposed; the
     columns must be contiguous.
     """
     if runs_eagerly(x) and not (_grad_enabled() and (x.requires_grad or gamma.requires_grad)):
         return dispatch.rms_norm(x, gamma, eps)
+    if is_transformed():
+        dispatch.check_rms_norm(x, gamma)
+        return reference.rms_norm(x, gamma, eps)
     return cast(Tensor, _ops.rms_norm(x, gamma, eps))
 
 
@@ -76,12 +82,13 @@ def add_rms_norm(
     Returns ``(y, new_residual)`` with ``new_residual = residual + x`` rounded to the dtype of
     ``x`` and ``y = rms_norm(new_residual)``. Differentiable.
     """
-    if _grad_enabled() and (x.requires_grad or residual.requires_grad or gamma.requires_grad):
+    trained = _grad_enabled() and (x.requires_grad or residual.requires_grad or gamma.requires_grad)
+    if not trained and runs_eagerly(x):
+        return dispatch.add_rms_norm(x, residual, gamma, eps)
+    if trained or is_transformed():
         dispatch.check_add(x, residual, gamma)
         total = residual + x
         return rms_norm(total, gamma, eps), total
-    if runs_eagerly(x):
-        return dispatch.add_rms_norm(x, residual, gamma, eps)
     return cast(tuple[Tensor, Tensor], _ops.add_rms_norm(x, residual, gamma, eps))
 
 
@@ -99,17 +106,18 @@ def rms_norm_add_rms_norm(
     with ``new_residual = residual + rms_norm(x, post_gamma)`` and
     ``y = rms_norm(new_residual, pre_gamma)``, each rounded to the dtype of ``x``. Differentiable.
     """
-    if _grad_enabled() and (
+    trained = _grad_enabled() and (
         x.requires_grad
         or residual.requires_grad
         or post_gamma.requires_grad
         or pre_gamma.requires_grad
-    ):
+    )
+    args = (x, residual, post_gamma, pre_gamma, post_eps, pre_eps)
+    if not trained and runs_eagerly(x):
+        return dispatch.rms_norm_add_rms_norm(*args)
+    if trained or is_transformed():
         dispatch.check_sandwich(x, residual, post_gamma, pre_gamma)
         return add_rms_norm(rms_norm(x, post_gamma, post_eps), residual, pre_gamma, pre_eps)
-    args = (x, residual, post_gamma, pre_gamma, post_eps, pre_eps)
-    if runs_eagerly(x):
-        return dispatch.rms_norm_add_rms_norm(*args)
     return cast(tuple[Tensor, Tensor], _ops.rms_norm_add_rms_norm(*args))
 
 
@@ -126,7 +134,7 @@ def add_rms_norm_(x: Tensor, residual: Tensor, gamma: Tensor, eps: float = 1e-6)
         dispatch.add_rms_norm_(x, residual, gamma, eps)
     else:
         # Inductor can lose the offset of a view that a traced operator mutates; copies it fuses.
-        y, total = _ops.add_rms_norm(x, residual, gamma, eps)
+        y, total = add_rms_norm(x, residual, gamma, eps)
         x.copy_(y)
         residual.copy_(total)
 
@@ -153,7 +161,7 @@ def rms_norm_add_rms_norm_(
     if runs_eagerly(x):
         dispatch.rms_norm_add_rms_norm_(*args)
     else:
-        y, total = _ops.rms_norm_add_rms_norm(*args)
+        y, total = rms_norm_add_rms_norm(*args)
         x.copy_(y)
         residual.copy_(total)
 
@@ -172,7 +180,11 @@ def qk_rms_norm(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor, eps: flo
         dispatch.qk_rms_norm_(q, k, q_gamma, k_gamma, eps)
     else:
         # Through copies, for the reason given in add_rms_norm_.
-        q_normed, k_normed = _ops.qk_rms_norm(q, k, q_gamma, k_gamma, eps)
+        if is_transformed():
+            dispatch.check_qk(q, k, q_gamma, k_gamma)
+            q_normed, k_normed = rms_norm(q, q_gamma, eps), rms_norm(k, k_gamma, eps)
+        else:
+            q_normed, k_normed = _ops.qk_rms_norm(q, k, q_gamma, k_gamma, eps)
         q.copy_(q_normed)
         k.copy_(k_normed)
 
@@ -219,7 +231,11 @@ def qk_rms_norm_rope(
         dispatch.qk_rms_norm_rope_(*args)
     else:
         # Through copies, for the reason given in add_rms_norm_.
-        q_turned, k_turned = _ops.qk_rms_norm_rope(*args)
+        if is_transformed():
+            dispatch.check_qk_rope(*args[:6])
+            q_turned, k_turned = reference.qk_rms_norm_rope(*args)
+        else:
+            q_turned, k_turned = _ops.qk_rms_norm_rope(*args)
         q.copy_(q_turned)
         k.copy_(k_turned)
 

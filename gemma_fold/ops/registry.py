@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fold.ops import checks, dispatch
+from gemma_fold.ops import checks, dispatch, reference
 from gemma_fold.ops.collectives import operators
 
 _LIBRARY = torch.library.Library("gemma_fold", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -278,7 +278,11 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: T
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     x, gamma = ctx.saved_tensors
-    dx, dgamma = torch.ops.gemma_fold.rms_norm_backward(grad, x, gamma, ctx.eps)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # create_graph: the gradient is differentiated, too, for which the kernel has no backward.
+        dx, dgamma = reference.rms_norm_backward(grad, x, gamma, ctx.eps)
+    else:
+        dx, dgamma = torch.ops.gemma_fold.rms_norm_backward(grad, x, gamma, ctx.eps)
     return dx, dgamma, None
 
 

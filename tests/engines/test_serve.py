@@ -53,6 +53,20 @@ def test_the_same_greedy_text_as_the_original(source: Path, folded: Path, tmp_pa
     assert all(texts[0])
 
 
+@pytest.mark.slow
+def test_a_user_without_a_hub_cache_is_served(
+    folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    with server(OURS, folded, tmp_path / "log") as client:
+        assert client.models.list().data == []  # what that server lists is the cache
+        answer = client.chat.completions.create(
+            model=str(folded), messages=[{"role": "user", "content": "w5 w7"}], max_tokens=2
+        )
+        assert answer.choices[0].message.content
+
+
 def test_other_engines_say_that_they_cannot(folded: Path) -> None:
     with pytest.raises(HostError, match="SGLang is not installed; install it"):
         serve(folded, "sglang", port=free_port())

@@ -1,9 +1,9 @@
 """Every way a weight gets into a running SGLang model, and the gains in step with it.
 
 `load_weights` of a folded model takes folded checkpoints, raw ones and single tensors of both: each
-gamma becomes fp32 `w = gamma - offset` on its way in, from which the norms make their gain again,
-and which suits the loaders of families whose norms gemma-fold does not know. That covers disk,
-distributed, tensor, flattened and IPC updates. Loaders that copy into parameters instead are
+gamma becomes the fp32 w that it was made of on its way in, from which the norms make their gain
+again, and which suits the loaders of families whose norms gemma-fold does not know. That covers
+disk, distributed, tensor, flattened and IPC updates. Loaders that copy into parameters instead are
 followed: their norms are brought in step when they are done.
 """
 
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma_fold.engines import arithmetic
 from gemma_fold.engines.mode import Mode, requested_mode
+from gemma_fold.engines.originals import original_weight
 from gemma_fold.engines.sglang.norms import GainedNorm, adopt, gained_norms, zero_centred_norms
 from gemma_fold.errors import CheckpointError, GemmaFoldError, UnsupportedModelError
 from gemma_fold.format.manifest import FoldedTensor, read_manifest
@@ -52,7 +52,7 @@ class FoldedWeights:
             folded = self.tensors.get(name)
             if folded is not None and tensor.dim() == 2 and tensor.dtype == torch.float32:
                 self.seen.add(name)
-                yield name, arithmetic.unfold(tensor.view(-1), folded.fold.offset, torch.float32)
+                yield name, original_weight(tensor.view(-1), folded)
             else:
                 yield name, tensor
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -10,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from gemma_fold.engines.attach.report import Report, announce
 from gemma_fold.engines.transformers.layers import Fusion, fuse_layers, split_layers
-from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.engines.transformers.norms import FoldedNorm, gain_name
 from gemma_fold.errors import AlreadyFoldedError, NothingToFoldError, UnsupportedModelError
 from gemma_fold.rules import NORM_CLASSES, Fold
 
@@ -22,7 +24,9 @@ def fold_model(model: Model) -> Model:
 
     `model` is a transformers model with its weights loaded. Each norm weight w becomes an fp32
     parameter gamma = 1 + w of shape [H, 1] (or the family's own offset), and the layers that have
-    fused kernels use them. The outputs keep their bits on CPU.
+    fused kernels use them. The outputs keep their bits on CPU. Parameters stay the objects they
+    were, so an optimizer made before trains them; one that has stepped holds state of shape [H] for
+    them, and stops at its next step.
 
     Raises:
         AlreadyFoldedError: it was folded before.
@@ -46,27 +50,25 @@ def fold_model(model: Model) -> Model:
 def unfold_model(model: Model) -> Model:
     """Undo :func:`fold_model`, in place: w = gamma - 1 in the dtype of the other weights.
 
-    The outputs keep their bits. A w so small that 1 + w was rounded comes back as the value that
-    folds to the same gamma; for a checkpoint's own bytes use `gemma-fold unfold` on its folder.
+    The outputs keep their bits, unless that dtype rounds w, as in a model loaded in 16 bits from an
+    fp32 checkpoint. A w so small that 1 + w was rounded comes back as the value that folds to the
+    same gamma; for a checkpoint's own bytes use `gemma-fold unfold` on its folder.
 
     Raises UnsupportedModelError where the model is not folded, or is offloaded.
     """
     norms = [module for module in model.modules() if isinstance(module, FoldedNorm)]
     if not norms:
         raise UnsupportedModelError(f"{type(model).__name__} is not folded; there is nothing to do")
-    if any(is_parametrized(norm) for norm in norms):
-        raise UnsupportedModelError(
-            "a norm has a parametrization; take it off with "
-            "torch.nn.utils.parametrize.remove_parametrizations first"
-        )
+    refuse_parametrized(norms)
     if any("forward" in norm.__dict__ or norm.gain.is_meta for norm in norms):
         raise UnsupportedModelError(
             "the model is offloaded, so its norms are not all in memory; load it without device_map"
         )
     split_layers(model)
     dtype = weights_dtype(model)
+    shared = shared_parameters(model)
     for norm in norms:
-        norm.restore(dtype)
+        norm.restore(dtype, shared=id(norm.gain) in shared)
     return model
 
 
@@ -86,9 +88,30 @@ def adopt_norms(model: nn.Module, *, locked: bool = True) -> list[FoldedNorm]:
     What was fused, and why not the rest, is said on stderr. Raises UnsupportedModelError where
     something is not fused and GEMMA_FOLD=require asks for all.
     """
-    norms = [FoldedNorm.adopt(m, fold, locked=locked) for m, fold in zero_centred_norms(model)]
+    shared = shared_parameters(model)
+    norms = [
+        FoldedNorm.adopt(
+            m, fold, locked=locked, shared=id(m._parameters.get(gain_name(m))) in shared
+        )
+        for m, fold in zero_centred_norms(model)
+    ]
     announce(report(len(norms), fuse_layers(model)))
     return norms
+
+
+def refuse_parametrized(norms: Iterable[FoldedNorm]) -> None:
+    """UnsupportedModelError where one of them has a parametrization."""
+    if any(is_parametrized(norm) for norm in norms):
+        raise UnsupportedModelError(
+            "a norm has a parametrization; take it off with "
+            "torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters of `model` that more than one module has."""
+    owned = [id(p) for m in model.modules() for p in m._parameters.values() if p is not None]
+    return {one for one, owners in Counter(owned).items() if owners > 1}
 
 
 def report(norms: int, fusion: Fusion) -> Report:

@@ -48,11 +48,15 @@ class FoldedNorm(Watched):
     bias: Tensor | None
 
     @staticmethod
-    def adopt(module: nn.Module, fold: Fold, *, locked: bool = True) -> FoldedNorm:
+    def adopt(
+        module: nn.Module, fold: Fold, *, locked: bool = True, shared: bool = False
+    ) -> FoldedNorm:
         """Turn the zero-centred norm `module` into a folded one, in place; returns it.
 
         A weight on the meta device gives a gamma on the meta device, to be loaded: [H, 1] where
-        `locked`, else [H]. Raises UnsupportedModelError for a norm that cannot be folded here.
+        `locked`, else [H]. The parameter stays the same object, as optimizers need, unless it is
+        `shared` with another module. Raises UnsupportedModelError for a norm that cannot be folded
+        here.
         """
         name = gain_name(module)
         weight = module._parameters[name]
@@ -83,20 +87,18 @@ class FoldedNorm(Watched):
             and fold.add_dtype == "float32"
             and module.__dict__["group"] is None
         )
-        module._parameters[name] = nn.Parameter(gamma, requires_grad=weight.requires_grad)
+        module._parameters[name] = _with_value(weight, gamma, keep=not shared)
         module.__class__ = FoldedNorm
         assert isinstance(module, FoldedNorm)
         module.watch()
         return module
 
-    def restore(self, dtype: torch.dtype) -> nn.Module:
+    def restore(self, dtype: torch.dtype, *, shared: bool = False) -> nn.Module:
         """Undo :meth:`adopt`: the original class, with w = gamma - offset in `dtype`."""
         parameter = self.gain
         with torch.no_grad():
             weight = arithmetic.unfold(parameter, self.fold.offset, dtype).reshape(-1)
-        self._parameters[self.gain_name] = nn.Parameter(
-            weight, requires_grad=parameter.requires_grad
-        )
+        self._parameters[self.gain_name] = _with_value(parameter, weight, keep=not shared)
         origin = self.origin
         for name in ("origin", "fold", "gain_name", "epsilon", "group", "is_rms", "plain"):
             delattr(self, name)
@@ -108,6 +110,28 @@ class FoldedNorm(Watched):
         """The parameter itself: fp32 [H, 1]; what a parametrization makes of it if it has one."""
         parameter = self._parameters.get(self.gain_name)
         return getattr(self, self.gain_name) if parameter is None else parameter
+
+    def _stored(self) -> list[nn.Parameter]:
+        """The parameter, or those that a parametrization makes the gain of."""
+        parameter = self._parameters.get(self.gain_name)
+        if parameter is not None:
+            return [parameter]
+        made = self._modules.get("parametrizations")
+        if not isinstance(made, nn.ModuleDict) or self.gain_name not in made:
+            return []
+        return [one for one in made[self.gain_name]._parameters.values() if one is not None]
+
+    def unlock(self) -> None:
+        """Give the parameter shape [H], for a raw w that is loaded into it next."""
+        gain = self.gain
+        raw = gain.detach().reshape(-1)
+        self._parameters[self.gain_name] = _with_value(gain, raw, keep=True)
+
+    def fold_raw(self) -> None:
+        """Fold a raw w that was loaded into the unlocked parameter, and lock it again."""
+        gain = self.gain
+        gamma = arithmetic.fold(gain.detach(), self.fold.offset)[:, None]
+        self._parameters[self.gain_name] = _with_value(gain, gamma, keep=True)
 
     def lock(self) -> None:
         """Give a gamma loaded as [H] its [H, 1] shape."""
@@ -144,8 +168,7 @@ class FoldedNorm(Watched):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedNorm:
         # .to(dtype), .half() and the like end here. A 16-bit gamma is not the model's gain any
         # more, so gamma follows the device and keeps its dtype.
-        gain = self.gain
-        kept = (gain, gain.grad)
+        kept = [one for gain in self._stored() for one in (gain, gain.grad)]
 
         def apply(tensor: Tensor) -> Tensor:
             out = fn(tensor)
@@ -182,6 +205,21 @@ class FoldedNorm(Watched):
             from gemma_fold.engines.transformers import install
 
             install()
+
+
+def _with_value(parameter: nn.Parameter, value: Tensor, *, keep: bool) -> nn.Parameter:
+    """`parameter` with another `value`, shape and dtype; a new one where it cannot be kept.
+
+    An optimizer made before holds the object, and would train nothing if it were another one.
+    """
+    plain = type(parameter) is nn.Parameter and not (parameter.is_meta or parameter.is_inference())
+    if not (keep and plain):
+        return nn.Parameter(value, requires_grad=parameter.requires_grad)
+    grad, parameter.grad = parameter.grad, None
+    parameter.data = value
+    if grad is not None:  # d(1 + w)/dw = 1: a gamma has the gradient of its w
+        parameter.grad = grad.to(value.dtype).reshape(value.shape)
+    return parameter
 
 
 def gain_name(module: nn.Module) -> str:

@@ -152,7 +152,7 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
         folder = None if state_dict else _folded_folder(checkpoint_files, load_config)
         if folder is None:
-            return go_on()
+            return _load_raw_gains(model, go_on)
         manifest = read_manifest(folder)
         headers = {Path(file).name: read_header(Path(file)) for file in checkpoint_files}
         check_gammas(manifest, headers, folder)
@@ -175,13 +175,41 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_pretrained_model
 
 
+def _load_raw_gains(model: Any, load: Callable[[], Any]) -> Any:
+    """`load()` into `model`; where it finds a raw w, [H], for a folded norm, that w is folded.
+
+    An adapter with trained norms that was made on the original has them. Their names are known only
+    after transformers has renamed them, which is when it finds that the shapes differ.
+    """
+    info, offloaded = load()
+    gains = _gains(model)
+    raw = [
+        gains[name]
+        for name, given, expected in info.mismatched_keys
+        if name in gains and (*given, 1) == tuple(expected)
+    ]
+    if not raw:
+        return info, offloaded
+    for norm in raw:
+        norm.unlock()
+    info, offloaded = load()
+    for norm in raw:
+        norm.fold_raw()
+    return info, offloaded
+
+
 def gain_names(model: Any) -> list[str]:
     """Parameter names of the folded norms of `model`."""
-    return [
-        f"{name}.{module.gain_name}" if name else module.gain_name
+    return list(_gains(model))
+
+
+def _gains(model: Any) -> dict[str, FoldedNorm]:
+    """The folded norms of `model` by the names of their parameters."""
+    return {
+        f"{name}.{module.gain_name}" if name else module.gain_name: module
         for name, module in model.named_modules()
         if isinstance(module, FoldedNorm)
-    ]
+    }
 
 
 def _folded_folder(files: list[str] | None, load_config: Any) -> Path | None:

@@ -37,7 +37,7 @@ from gemma_fold.checkpoint.source import (
     resized_index,
 )
 from gemma_fold.checkpoint.staging import open_staging, settle
-from gemma_fold.engines.transformers.models import weights_dtype
+from gemma_fold.engines.transformers.models import refuse_parametrized, weights_dtype
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import CheckpointError, UnsupportedModelError, UsageError
 from gemma_fold.format.arithmetic import decode, fold, unfold
@@ -75,6 +75,7 @@ def save_folded(
     if not given.get("is_main_process", True):
         save_pretrained(*arguments.args, **arguments.kwargs)
         return
+    refuse_parametrized(one for one in model.modules() if isinstance(one, FoldedNorm))
     names = _names_on_disk(model, original_names=given.get("save_original_format", True))
     if is_there(folder) and not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; name one")
