@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import statistics
 from collections import defaultdict
@@ -227,7 +228,26 @@ def headline() -> str:
             )
         )
     header = ("engine", "shape, random weights", "GPUs", "less time per output token than stock")
-    return table(header, rows)
+    options = ", ".join(
+        f"`{word.removeprefix('--server-option=')}`"
+        for data in _results("sglang_h*.json")
+        for word in data["meta"]["command"].split()
+        if word.startswith("--server-option=")
+    )
+    environment = ", ".join(f"`{name}={value}`" for name, value in _environment().items())
+    return (
+        f"{table(header, rows)}\n\nBoth sides ran with settings that are not the engine's defaults. "
+        f"SGLang: {options}. vLLM: {environment}."
+    )
+
+
+def _environment() -> dict[str, str]:
+    """What benchmarks/vllm.py sets for both of its engines."""
+    text = (RESULTS.parent / "vllm.py").read_text()
+    for statement in ast.parse(text).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "ENVIRONMENT":
+            return dict(ast.literal_eval(statement.value))
+    raise KeyError("ENVIRONMENT")
 
 
 def _vllm_run(data: dict[str, Any]) -> Iterator[str]:
