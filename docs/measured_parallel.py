@@ -236,8 +236,9 @@ def headline() -> str:
     )
     environment = ", ".join(f"`{name}={value}`" for name, value in _environment().items())
     return (
-        f"{table(header, rows)}\n\nBoth sides ran with settings that are not the engine's defaults. "
-        f"SGLang: {options}. vLLM: {environment}."
+        table(header, rows)
+        + "\n\nBoth sides ran with settings that are not the engine's defaults. "
+        + f"SGLang: {options}. vLLM: {environment}."
     )
 
 
