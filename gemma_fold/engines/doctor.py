@@ -128,7 +128,7 @@ def text(found: Diagnosis) -> str:
 
 
 def _engine_line(engine: Engine) -> str:
-    tested = f"tested with {engine.tested[0]} to {engine.tested[1]}"
+    tested = f"checked with {engine.tested[0]} to {engine.tested[1]}"
     if engine.version is None:
         return f"{engine.name}: not installed ({tested})"
     line = f"{engine.name} {engine.version}: {tested}"

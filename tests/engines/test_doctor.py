@@ -112,7 +112,7 @@ def test_without_a_model() -> None:
     engine = found.engines[0]
     assert (engine.name, engine.version) == ("transformers", transformers.__version__)
     assert engine.as_tested and engine.plugin is None
-    assert f"transformers {transformers.__version__}: tested with" in doctor.text(found)
+    assert f"transformers {transformers.__version__}: checked with" in doctor.text(found)
     assert bool(found.gpus) == torch.cuda.is_available()
 
 
@@ -157,7 +157,7 @@ def test_engines_are_read_and_not_imported(gemma3: Path, engines: Any) -> None:
         assert (report.fused, report.sandwiches) == (4, 4)
     by_name = {engine.name: engine for engine in found.engines}
     assert by_name["vllm"].as_tested and not by_name["sglang"].as_tested
-    assert "sglang 0.5.24: tested with 0.5.17 to 0.5.23, not with this one" in doctor.text(found)
+    assert "sglang 0.5.24: checked with 0.5.17 to 0.5.23, not with this one" in doctor.text(found)
 
 
 def test_a_layer_that_reads_what_is_handed_on(gemma3: Path, engines: Any) -> None:
