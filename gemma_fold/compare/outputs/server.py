@@ -104,7 +104,8 @@ class Endpoint:
         data = self._request("/models", None).get("data")
         if not isinstance(data, list) or not data or "id" not in data[0]:
             raise HostError(
-                f"{self.url} lists no model; give the address of an OpenAI-compatible server"
+                f"{self.url} lists no model; give the address of an OpenAI-compatible server "
+                "that names what it serves"
             )
         return str(data[0]["id"])
 
