@@ -50,7 +50,15 @@ def tensor_parts(header: Header, left_out: Iterable[str] = ()) -> tuple[Part, ..
 
 def digest_text(raw: bytes) -> str:
     """BLAKE3 of bytes in memory, in hexadecimal."""
-    return blake3(raw).hexdigest()
+    return digest_chunks([raw])
+
+
+def digest_chunks(chunks: Iterable[bytes]) -> str:
+    """BLAKE3 of bytes that come piece by piece, in hexadecimal."""
+    digest = blake3()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def digest_parts(

@@ -177,6 +177,11 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
     )
 
 
+def with_length(raw: bytes) -> bytes:
+    """What a file begins with: a header behind the 8 bytes that tell its length."""
+    return len(raw).to_bytes(8, "little") + raw
+
+
 def render_header(tensors: Iterable[TensorEntry], metadata: Mapping[str, str] | None) -> bytes:
     """The JSON of a header in the given order, padded with spaces to a multiple of 8 bytes.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gemma_fold.checkpoint.copy import Copier, data_runs
 from gemma_fold.checkpoint.digest import Digester, Part, whole
+from gemma_fold.checkpoint.header import with_length
 from gemma_fold.checkpoint.journal import Done
 from gemma_fold.checkpoint.layout import Run
 from gemma_fold.checkpoint.progress import Progress
@@ -65,7 +66,7 @@ class Transfer:
 
         `parts` of the source file are digested meanwhile.
         """
-        written = {0: len(header).to_bytes(8, "little") + header, **patches}
+        written = {0: with_length(header), **patches}
         self._fill(name, state, runs, written, size, parts)
 
     def write(self, name: str, data: bytes) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from gemma_fold.checkpoint.copy import hole_bytes
-from gemma_fold.checkpoint.digest import digest_text, tensor_parts, whole
-from gemma_fold.checkpoint.header import TensorEntry
+from gemma_fold.checkpoint.digest import digest_chunks, digest_text, tensor_parts, whole
+from gemma_fold.checkpoint.header import TensorEntry, with_length
 from gemma_fold.checkpoint.hub import cached_sha256
 from gemma_fold.checkpoint.layout import Layout, replace_tensors
 from gemma_fold.checkpoint.listing import below
@@ -90,14 +90,11 @@ class Plan:
 
     def digest(self, *, digests_taken: bool) -> str:
         """Changes whenever anything about the source, the result or this version changes."""
-        digest = hashlib.sha256()
-        for chunk in self.manifest.chunks():
-            digest.update(chunk)
-        digest.update(os.fsencode(os.path.realpath(self.checkpoint.root)))
+        root = os.fsencode(os.path.realpath(self.checkpoint.root))
         states = {item.file.name: item.file.state for item in self.weights}
         states.update(self.checkpoint.others)
-        digest.update(repr((sorted(states.items()), digests_taken)).encode())
-        return digest.hexdigest()
+        read = repr((sorted(states.items()), digests_taken)).encode()
+        return digest_chunks(chain(self.manifest.chunks(), (root, read)))
 
     def files(self) -> frozenset[str]:
         """Every file of the folded checkpoint."""
@@ -131,8 +128,8 @@ class Plan:
             file = files[name]
             layout = layouts.get(name)
             if layout is not None:
-                header = len(layout.header).to_bytes(8, "little") + layout.header
-                files[name] = replace(file, folded_header=digest_text(header), tensors=parts)
+                header = digest_text(with_length(layout.header))
+                files[name] = replace(file, folded_header=header, tensors=parts)
             else:
                 files[name] = replace(file, blake3=parts[""])
         return replace(self.manifest, files=files)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Mapping
 from concurrent.futures import Future
+from itertools import chain
 from pathlib import Path
 
 from gemma_fold.checkpoint.copy import hole_bytes
 from gemma_fold.checkpoint.digest import (
     Digester,
     Part,
+    digest_chunks,
     digest_parts,
     open_digester,
     tensor_parts,
@@ -97,11 +98,7 @@ def unfold(
 
 
 def _plan(root: Path, manifest: Manifest) -> str:
-    digest = hashlib.sha256()
-    for chunk in manifest.chunks():
-        digest.update(chunk)
-    digest.update(os.fsencode(os.path.realpath(root)))
-    return digest.hexdigest()
+    return digest_chunks(chain(manifest.chunks(), (os.fsencode(os.path.realpath(root)),)))
 
 
 def _size(manifest: Manifest) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemma_fold.checkpoint.digest import Part, digest_parts, digest_text, tensor_parts, whole
+from gemma_fold.checkpoint.header import with_length
 from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.checkpoint.source import CONFIG, Checkpoint, WeightFile, read_tensor
 from gemma_fold.errors import CheckpointError, UsageError
@@ -105,8 +106,7 @@ class Digests:
                 self._count(len(raw))
 
     def _rewritten(self, file: WeightFile, original: SourceFile) -> Iterator[str]:
-        raw = file.header.raw
-        digest = digest_text(len(raw).to_bytes(8, "little") + raw)
+        digest = digest_text(with_length(file.header.raw))
         if original.folded_header not in (None, digest):
             yield f"{file.name}: its header is not what was written"
         expected = original.tensors or {}

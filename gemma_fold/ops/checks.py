@@ -16,6 +16,11 @@ ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_HIDDEN, MAX_HIDDEN = 1, 16384
 
 
+def supports(x: Tensor) -> bool:
+    """Whether the norm kernels take rows of this dtype and width."""
+    return x.dtype in ACTIVATION_DTYPES and x.shape[-1] <= MAX_HIDDEN
+
+
 def check_activation(x: Tensor, name: str) -> None:
     """Raises TypeError for a dtype no kernel takes, ValueError for a shape none takes."""
     if x.dtype not in ACTIVATION_DTYPES:

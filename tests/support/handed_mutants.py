@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from changed_calls import ChangedCalls
+
 Expect = Literal["full", "less", "any"]
 
 #: A layer in the protocol of vLLM and SGLang, written for these tests.
@@ -167,24 +169,6 @@ def _inserted(tree: ast.FunctionDef) -> _Made:
             yield f"{name} at {gap}", expect, changed
 
 
-class _Calls(ast.NodeTransformer):
-    def __init__(self, attribute: str, form: str) -> None:
-        self.attribute, self.form = attribute, form
-
-    def visit_Call(self, node: ast.Call) -> ast.expr:
-        self.generic_visit(node)
-        if not isinstance(node.func, ast.Attribute) or node.func.attr != self.attribute:
-            return node
-        values = [ast.unparse(a) for a in node.args]
-        names = {
-            "f": ast.unparse(node.func),
-            "a": ", ".join(values),
-            "x": values[0] if values else "",
-        }
-        names["r"] = values[1] if len(values) > 1 else "None"
-        return ast.parse(self.form.format(**names), mode="eval").body
-
-
 _POSTS: tuple[tuple[str, Expect, str], ...] = (
     ("of a scaled input", "less", "{f}({x} * 2)"),
     ("scaled", "less", "{f}({x}) * 2"),
@@ -212,9 +196,9 @@ _PRES: tuple[tuple[str, Expect, str], ...] = (
 def _called(tree: ast.FunctionDef) -> _Made:
     for post in ("post_attention_layernorm", "post_feedforward_layernorm"):
         for name, expect, form in _POSTS:
-            yield f"{post} {name}", expect, _Calls(post, form).visit(copy.deepcopy(tree))
+            yield f"{post} {name}", expect, ChangedCalls(post, form).visit(copy.deepcopy(tree))
     for name, expect, form in _PRES:
-        changed = _Calls("pre_feedforward_layernorm", form).visit(copy.deepcopy(tree))
+        changed = ChangedCalls("pre_feedforward_layernorm", form).visit(copy.deepcopy(tree))
         yield f"pre_feedforward_layernorm {name}", expect, changed
     order = copy.deepcopy(tree)
     for node in ast.walk(order):

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from changed_calls import ChangedCalls
+
 Expect = Literal["full", "less", "any"]
 
 
@@ -373,35 +375,23 @@ _ADDS: tuple[tuple[str, Expect, Callable[[ast.BinOp], ast.expr]], ...] = (
 )
 
 
-class _Norms(ast.NodeTransformer):
-    def __init__(self, attribute: str, form: str) -> None:
-        self.attribute, self.form = attribute, form
-
-    def visit_Call(self, node: ast.Call) -> ast.expr:
-        self.generic_visit(node)
-        if not isinstance(node.func, ast.Attribute) or node.func.attr != self.attribute:
-            return node
-        texts = {"f": ast.unparse(node.func), "x": ast.unparse(node.args[0]), "n": self.attribute}
-        return ast.parse(self.form.format(**texts), mode="eval").body
-
-
 def _reads(target: Target) -> _Made:
     for post, pre in target.pairs:
         for name, expect, form in _POSTS:
-            tree = _Norms(post, form).visit(forward_of(target))
+            tree = ChangedCalls(post, form).visit(forward_of(target))
             yield f"{post} {name}", expect, tree, ""
         if pre:
             for name, expect, form in _PRES:
-                tree = _Norms(pre, form).visit(forward_of(target))
+                tree = ChangedCalls(pre, form).visit(forward_of(target))
                 yield f"{pre} {name}", expect, tree, ""
         tree = forward_of(target)
         tree.body[0:0] = _parsed(f"self.{post}.eps = 0.125")
         yield f"{post} with its epsilon changed", "less", tree, ""
         tree = forward_of(target)
         tree.body[0:0] = _parsed(f"norm = self.{post}")
-        tree = _Norms(post, "norm({x})").visit(tree)
+        tree = ChangedCalls(post, "norm({x})").visit(tree)
         yield f"{post} under another name", "less", tree, ""
-        tree = _Norms(post, "getattr(self, {n!r})({x})").visit(forward_of(target))
+        tree = ChangedCalls(post, "getattr(self, {n!r})({x})").visit(forward_of(target))
         yield f"{post} by getattr", "less", tree, ""
 
 

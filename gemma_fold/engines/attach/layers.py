@@ -78,8 +78,7 @@ def _plan(shape: Shape, forward_now: Callable[..., Any]) -> Plan:
 
 def proved(layer: nn.Module, plan: Plan, fused: type[nn.Module], link: prove.Link) -> str:
     """Why a plan does not stand; empty where the fused class does what the layer's own does."""
-    device = next(child for child in layer.children() if isinstance(child, FoldedNorm)).gain.device
-    key = (type(layer), fused, device.type == "cuda")
+    key = (type(layer), fused, prove.device_of(layer).type == "cuda")
     if key not in _proved:
         _proved[key] = prove.differs(layer, plan.tree, fused, link)
     return _proved[key]

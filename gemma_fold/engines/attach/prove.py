@@ -32,7 +32,7 @@ def differs(layer: nn.Module, tree: ast.FunctionDef, fused: type[nn.Module], lin
     tree: the forward. link: makes fused layers neighbours.
     """
     base = type(layer)
-    device = _device(layer)
+    device = device_of(layer)
     for dtype, tolerance in _TOLERANCE.items():
         for grad in (False, True):
             expected = _tried(layer, tree, base, None, dtype, device, grad)
@@ -169,7 +169,8 @@ def _hidden(layer: nn.Module) -> int:
     return next(c.gain.shape[0] for c in layer.children() if isinstance(c, FoldedNorm))
 
 
-def _device(layer: nn.Module) -> torch.device:
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer is tried: its own GPU, or the CPU."""
     norm = next(child for child in layer.children() if isinstance(child, FoldedNorm))
     return norm.gain.device if norm.gain.device.type == "cuda" else torch.device("cpu")
 

@@ -50,11 +50,7 @@ class NativeNorm(GainedNorm):
 
 def takes(x: Tensor, residual: Tensor | None) -> bool:
     """Whether the kernels take these activations."""
-    return (
-        x.dtype in checks.ACTIVATION_DTYPES
-        and x.shape[-1] <= checks.MAX_HIDDEN
-        and (residual is None or residual.dtype == x.dtype)
-    )
+    return checks.supports(x) and (residual is None or residual.dtype == x.dtype)
 
 
 def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:

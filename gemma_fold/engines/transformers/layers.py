@@ -179,8 +179,7 @@ def _sandwich(
         and _is_identity(dropout)
         and x.dtype == residual.dtype
         and x.shape == residual.shape
-        and x.dtype in checks.ACTIVATION_DTYPES
-        and x.shape[-1] <= checks.MAX_HIDDEN
+        and checks.supports(x)
     ):
         normed, total = ops.rms_norm_add_rms_norm(
             x, residual, post.gain.view(-1), pre.gain.view(-1), post.epsilon, pre.epsilon

@@ -158,7 +158,7 @@ class FoldedNorm(Watched):
         if torch.compiler.is_compiling():
             # A compiler fuses what it can see with its neighbours, rotary embedding for one.
             return reference.rms_norm(x, gamma, self.epsilon)
-        if x.dtype not in checks.ACTIVATION_DTYPES or x.shape[-1] > checks.MAX_HIDDEN:
+        if not checks.supports(x):
             return reference.rms_norm(x, gamma, self.epsilon)
         return ops.rms_norm(x, gamma, self.epsilon)
 

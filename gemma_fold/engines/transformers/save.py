@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from gemma_fold.checkpoint.digest import digest_parts, digest_text, tensor_parts
+from gemma_fold.checkpoint.header import with_length
 from gemma_fold.checkpoint.layout import Layout, replace_tensors
 from gemma_fold.checkpoint.listing import below, is_empty_or_absent, is_there
 from gemma_fold.checkpoint.names import unsafe_reason
@@ -173,14 +174,13 @@ def _complete(
 
 def _source_file(file: WeightFile, plain: Layout, here: Mapping[str, FoldedTensor]) -> SourceFile:
     """The manifest's entry for a saved weight file, with the digests of what is not folded."""
-    raw = len(file.header.raw).to_bytes(8, "little") + file.header.raw
     with open(file.path, "rb", buffering=0) as stream:
         tensors = digest_parts(stream.fileno(), tensor_parts(file.header, here))
     return SourceFile(
         file.name,
         plain.size,
         header=plain.header.decode(),
-        folded_header=digest_text(raw),
+        folded_header=digest_text(with_length(file.header.raw)),
         tensors=tensors,
     )
 
