@@ -88,11 +88,11 @@ def _conclude(pooled: Float32, expected: int) -> tuple[int | None, str, str, lis
         reason = f"all {pooled.size:,} numbers fit {grid}, as those of w or of a rounded gamma do"
         sure = "statistics" if guess is not None else "no"
         return guess, grid if guess else "", sure, [reason, guess_reason]
-    through = _through_gamma(pooled) if grid else ""
+    through = _through_gamma(pooled, grid) if grid else ""
     if through and guess in (0, None):
         reason = (
-            f"every number plus 1 fits {through}, which unrounded weights do not: "
-            f"they were rounded as 1 + w"
+            f"every number comes back unchanged from 1 + w in {through}, as only weights do that "
+            "were rounded like this before"
         )
         return 0, through, "bits", [reason, guess_reason]
     return guess, "", "no" if guess is None else "statistics", [guess_reason]
@@ -133,14 +133,25 @@ def _is_sum(values: Float32, times: int, how: str) -> npt.NDArray[np.bool_]:
     return fits
 
 
-def _through_gamma(pooled: Float32) -> str:
-    """The dtype in which 1 + w was held once, where every single number still shows it."""
-    telling = np.unique(pooled[pooled != 0])
+def _through_gamma(pooled: Float32, stored: str) -> str:
+    """The 16-bit dtype in which all numbers were 1 + w before they were stored as `stored`."""
+    last_bit = np.uint32(1 << 16 if stored == "bf16" else 1 << 13)
+    neighbours = (pooled.view(np.uint32) ^ last_bit).view(np.float32)
     for how in ("bf16", "fp16"):
-        gamma = telling + np.float32(1)
-        if telling.size >= _ENOUGH and np.array_equal(ROUNDINGS[how](gamma), gamma):
-            return how
+        # Of weights that were never rounded, half are as good as their neighbours in the last bit.
+        if _survives(pooled, how, stored).all():
+            against = int(np.count_nonzero(~_survives(neighbours, how, stored)))
+            if against >= _ENOUGH:
+                return how
     return ""
+
+
+def _survives(values: Float32, how: str, stored: str) -> npt.NDArray[np.bool_]:
+    """Which values come back as they are from a gamma in a 16-bit dtype."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        gamma = ROUNDINGS[how](values + np.float32(1))
+        same: npt.NDArray[np.bool_] = ROUNDINGS[stored](gamma - np.float32(1)) == values
+    return same
 
 
 def _by_shares(pooled: Float32) -> tuple[int | None, str]:

@@ -38,7 +38,10 @@ def judge_norms(norms: Sequence[NormCheck]) -> CheckVerdict:
     shown = clauses[:3] + ([f"and {len(clauses) - 3} more findings"] if len(clauses) > 3 else [])
     only_rounded = all(n.finding is Finding.ROUNDED for n in wrong)
     word = "rounded" if only_rounded else "wrong"
-    return CheckVerdict(False, f"{word}: of {_many(len(norms), 'norm')}, " + "; ".join(shown))
+    whole = _many(len(norms), "norm")
+    if len(counts) == 1 and len(wrong) == len(norms):
+        return CheckVerdict(False, f"{word}: all of {whole}: {clauses[0]}")
+    return CheckVerdict(False, f"{word}: of {whole}, " + "; ".join(shown))
 
 
 def judge_evidence(found: Evidence | None) -> CheckVerdict:
@@ -96,7 +99,8 @@ def _holds(count: int) -> str:
 def _changed(norms: Sequence[NormCheck]) -> str:
     changed, elements = sum(n.changed for n in norms), sum(n.elements for n in norms)
     ulp = max(n.max_ulp for n in norms)
-    return f"{changed:,} of {elements:,} weights by up to {ulp:,} ulp of float32"
+    unit = f"{ulp / 65536:g} ulp of bfloat16" if ulp >= 32768 else f"{ulp:,} ulp of float32"
+    return f"{changed:,} of {elements:,} weights, by up to {unit}"
 
 
 def _many(count: int, noun: str) -> str:
