@@ -47,9 +47,8 @@ _PLAMO = {
     "post_attention_norm": "post_mixer_norm",
     "ffn_norm": "pre_mlp_norm",
     "post_ffw_norm": "post_mlp_norm",
-    "attn_q_norm": "mixer.q_norm",
-    "attn_k_norm": "mixer.k_norm",
 }
+_PLAMO3 = {**_PLAMO, "attn_q_norm": "mixer.q_norm", "attn_k_norm": "mixer.k_norm"}
 _TOP = {"output_norm": "norm", "norm": "norm"}
 
 
@@ -84,7 +83,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "qwen35moe": Architecture("qwen3_5_moe_text", _QWEN, draft=_QWEN_DRAFT),
         "nemotron": Architecture("nemotron", _PRE),
         "plamo2": Architecture("plamo2", _PLAMO, layers="model.layers.layers"),
-        "plamo3": Architecture("plamo3", _PLAMO, layers="model.layers.layers"),
+        "plamo3": Architecture("plamo3", _PLAMO3, layers="model.layers.layers"),
         "step35": Architecture("step3p5", _STEP),
         "muse-glimmer": Architecture("muse_glimmer_text", _SANDWICH),
         "llama": Architecture("llama", _PRE),

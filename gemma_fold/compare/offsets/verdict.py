@@ -40,7 +40,7 @@ def judge_norms(norms: Sequence[NormCheck]) -> CheckVerdict:
     word = "rounded" if only_rounded else "wrong"
     whole = _many(len(norms), "norm")
     if len(counts) == 1 and len(wrong) == len(norms):
-        return CheckVerdict(False, f"{word}: all of {whole}: {clauses[0]}")
+        return CheckVerdict(False, f"{word}: all {whole} {clauses[0].partition(' ')[2]}")
     return CheckVerdict(False, f"{word}: of {whole}, " + "; ".join(shown))
 
 
