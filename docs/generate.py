@@ -27,6 +27,7 @@ DOCUMENTS = (
     "docs/sglang.md",
     "docs/reliability.md",
     "docs/compatibility.md",
+    "docs/check.md",
 )
 MODEL = ".cache/gemma-3-270m"
 
@@ -70,6 +71,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "crash_matrix": measured_reliability.crash_matrix,
     "fuzz": measured_reliability.fuzz,
     "loaders": measured_loaders.loaders,
+    "checked": measured_loaders.checked,
     "fused": measured_fused.fused,
     "headline": measured_parallel.headline,
     "vllm": measured_parallel.vllm,

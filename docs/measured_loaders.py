@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md, from what `tests/loaders/run.py` wrote."""
+"""Tables of docs/reliability.md and docs/check.md, from what programs in tests/loaders wrote."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from measured import table
 
-RESULTS = Path(__file__).resolve().parent.parent / "tests" / "data" / "loaders.json"
+_DATA = Path(__file__).resolve().parent.parent / "tests" / "data"
 _LOADED = {"loads": "loads, same logits", "differs": "**loads, other logits**"}
 
 
 def loaders() -> str:
     """One row for each way to load: with both locks, then with the tensor lock alone."""
-    found = json.loads(RESULTS.read_text())
+    found = json.loads((_DATA / "loaders.json").read_text())
     rows = [
         (
             f"{row['tool']} {row['version']}",
@@ -25,8 +25,19 @@ def loaders() -> str:
         for row in found.values()
     ]
     header = ("tool", "called by", "folded checkpoint", "with the original's config.json put back")
+    return f"{table(header, rows)}\n\n{_when(found)}"
+
+
+def checked() -> str:
+    """One row for each file that a real tool wrote: what `check` says of it."""
+    found = json.loads((_DATA / "checked.json").read_text())
+    rows = [(row["tool"], row["call"], row["line"]) for row in found.values()]
+    return f"{table(('tool', 'called by', 'verdict'), rows)}\n\n{_when(found)}"
+
+
+def _when(found: dict[str, Any]) -> str:
     dates = sorted({row["date"] for row in found.values()})
-    return f"{table(header, rows)}\n\nRun {' to '.join(dates[:: max(1, len(dates) - 1)])}."
+    return f"Run {' to '.join(dates[:: max(1, len(dates) - 1)])}."
 
 
 def _outcome(result: dict[str, Any]) -> str:

@@ -423,6 +423,20 @@ class TestSides:
         assert report.verdict.right is True
         assert "multi_modal_projector.mm_soft_emb_norm.weight" in report.left_out
 
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+    def test_adapter_merged_by_peft(self, originals: dict[str, Path], tmp_path: Path) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        original = originals["gemma3_text"]
+        model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16)
+        adapted = get_peft_model(
+            model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        )
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        report = check(tmp_path / "merged", against=original)
+        assert report.verdict.right is True and len(report.norms) == 13
+
     def test_unknown_model(self, tmp_path: Path, originals: dict[str, Path]) -> None:
         unknown = write_checkpoint(tmp_path / "unknown", None, {"model_type": "who"})
         with pytest.raises(UnsupportedModelError):
