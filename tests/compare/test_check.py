@@ -237,6 +237,17 @@ class TestScales:
         assert Counter(n.finding for n in report.norms) == {Finding.SCALED_W: 2, Finding.SAME: 3}
         assert report.verdict.right is False
 
+    def test_trained_a_little_further(self, original: Path, tmp_path: Path) -> None:
+        """Signs of w are kept there, too."""
+
+        def change(name: str, norm: files.Norm, held: int) -> files.Array:
+            return norm.w * np.random.default_rng(8).uniform(0.98, 1.02, norm.w.size)
+
+        made = files.write_folder(original, tmp_path / "made", change, dtype=np.float32)
+        report = check(made, against=original)
+        assert {(n.finding, n.added) for n in report.norms} == {(Finding.CHANGED, 0)}
+        assert all("trained further" in n.remark for n in report.norms)
+
     def test_on_the_gain_but_folded(self, original: Path, tmp_path: Path) -> None:
         def change(name: str, norm: files.Norm, held: int) -> files.Array:
             extra = 1 if "input_layernorm" in name else 0

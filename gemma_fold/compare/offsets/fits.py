@@ -18,6 +18,8 @@ Float64 = npt.NDArray[np.float64]
 _TOLERANCE = 2.0**-8
 #: Signs that a fit by signs needs on either side; fewer may agree by chance.
 _SIGNS = 16
+#: Factors that are closer together than this are no scales of a quantizer.
+_TRAINED = 1.1
 
 
 def by_fit(original: Original, values: Float32, expected: int) -> NormCheck:
@@ -92,8 +94,7 @@ def _channels(blank: NormCheck, rule: NormRule, w: Float64, stored: Float64) -> 
     if not rule.zero_centred:
         return None
     scaled_w = stored - rule.offset * blank.expected
-    same_signs = bool(np.all(np.sign(w) == np.sign(scaled_w)))
-    if same_signs and min(np.count_nonzero(w < 0), np.count_nonzero(w > 0)) >= _SIGNS:
+    if _is_scaled(w, scaled_w):
         remark = "every sign of w is kept: channels were scaled as if w were the gain"
         return replace(blank, finding=Finding.SCALED_W, remark=remark)
     gain = w + rule.offset
@@ -109,6 +110,9 @@ def _channels(blank: NormCheck, rule: NormRule, w: Float64, stored: Float64) -> 
     rivals = [most / least for n, (least, most) in spreads.items() if n != added]
     if high / low > 1e4 or any(rival < 2 * high / low for rival in rivals):
         return None
+    if added == blank.expected and _range(gain, stored + rule.offset * (1 - added)) < _TRAINED:
+        remark = f"gains times {low:.4g} to {high:.4g}, most near 1: trained further, it seems"
+        return replace(blank, added=added, remark=remark)
     remark = f"channels of the gain times {low:.3g} to {high:.3g}"
     if added != blank.expected:
         remark += f", with the offset in it {added} times instead of {blank.expected}"
@@ -116,6 +120,21 @@ def _channels(blank: NormCheck, rule: NormRule, w: Float64, stored: Float64) -> 
             blank, finding=finding_of(blank.expected, added, ""), added=added, remark=remark
         )
     return replace(blank, finding=Finding.SCALED, added=added, remark=remark)
+
+
+def _is_scaled(w: Float64, other: Float64) -> bool:
+    """Whether `other` is w times factors: all signs are w's, and not for being almost w."""
+    if not np.array_equal(np.sign(w), np.sign(other)):
+        return False
+    if min(np.count_nonzero(w < 0), np.count_nonzero(w > 0)) < _SIGNS:
+        return False
+    return _range(w, other) >= _TRAINED
+
+
+def _range(values: Float64, other: Float64) -> float:
+    """How far apart the factors from one to the other are, but for the outermost tenths."""
+    low, high = np.quantile(other[values != 0] / values[values != 0], (0.1, 0.9))
+    return float(high / low) if low > 0 else np.inf
 
 
 def _spread_of_ratio(gain: Float64, other: Float64) -> tuple[float, float] | None:
