@@ -362,3 +362,13 @@ def test_diff_runs_vllm(real_270m: Path, folded_270m: Path, tmp_path: Path) -> N
     # What was decoded is what was read, and in bf16 not to the last bit.
     floor = found["outputs"]["floor"]
     assert 0 < floor["kl_ab"]["mean"] < 0.01 and floor["same_top"] > 0.9
+
+
+def test_diff_runs_the_original_as_vllm_does(
+    real_270m: Path, folded_270m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where GEMMA_FOLD asks for native mode, which would fold the original as it loads."""
+    monkeypatch.setenv("GEMMA_FOLD", "native")
+    options = ("--engine", "vllm", "--max-kl", "0.01", "--no-noise-floor")
+    found = report(tmp_path / "text", real_270m, folded_270m, *options)
+    assert 0 < found["outputs"]["stats"]["kl_ab"]["mean"] < 0.01
