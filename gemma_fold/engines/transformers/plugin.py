@@ -169,6 +169,8 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
         if not manifest.tensor_lock:
             for norm in norms:
                 norm.lock()
+        for name, norm in _gains(model).items():
+            norm.__dict__["source"] = manifest.tensors.get(name)
         release(model.config)
         return info, offloaded
 
