@@ -243,8 +243,8 @@ def check(
     "--engine",
     multiple=True,
     metavar="ENGINE",
-    help="transformers (default); vllm, or the address of an OpenAI-compatible server, whose top "
-    "log-probabilities are compared. Twice: for A, then for B.",
+    help="transformers (default); vllm, sglang, or the address of an OpenAI-compatible server, "
+    "whose top log-probabilities are compared. Twice: for A, then for B.",
 )
 @click.option("--text", type=_path, metavar="FILE", help="Read this instead of the bundled text.")
 @click.option("--context", default=1024, show_default=True, help="Tokens in a window.")
