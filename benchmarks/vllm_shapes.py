@@ -66,6 +66,24 @@ def _gemma2_27b(layers: int = 46) -> dict[str, Any]:
     }
 
 
+def _gemma3_4b(layers: int = 34) -> dict[str, Any]:
+    small = {"hidden_size": 2560, "intermediate_size": 10240, "query_pre_attn_scalar": 256}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    return {**_gemma3_27b(layers), **small, **heads}
+
+
+def _gemma3_12b(layers: int = 48) -> dict[str, Any]:
+    small = {"hidden_size": 3840, "intermediate_size": 15360, "query_pre_attn_scalar": 256}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256}
+    return {**_gemma3_27b(layers), **small, **heads}
+
+
+def _gemma2_9b(layers: int = 42) -> dict[str, Any]:
+    small = {"hidden_size": 3584, "intermediate_size": 14336, "query_pre_attn_scalar": 256}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256}
+    return {**_gemma2_27b(layers), **small, **heads}
+
+
 def _qwen3_5_like(layers: int = 64) -> dict[str, Any]:
     text = {
         **_COMMON,
@@ -114,6 +132,9 @@ def _every(index: int, period: int, last: str, others: str) -> str:
 
 
 _SHAPES = {
+    "gemma3-4b": _gemma3_4b,
+    "gemma3-12b": _gemma3_12b,
+    "gemma2-9b": _gemma2_9b,
     "gemma3-27b": _gemma3_27b,
     "gemma2-27b": _gemma2_27b,
     "qwen3.5-like": _qwen3_5_like,
