@@ -25,7 +25,7 @@ HERE = [
 ]
 
 #: Files beside the probes.
-SHARED = {"__init__", "plain_model", "probe", "run", "written"}
+SHARED = {"__init__", "checked", "makers", "plain_model", "probe", "run", "written"}
 
 
 def test_every_tool_was_run() -> None:
