@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any
 
 import vllm
@@ -30,14 +30,19 @@ class Loading:
     """The load in progress: its mode, and what the norms have taken so far.
 
     workspace: what native norms reduce with, or None.
-    tensors: what the manifest says of each gamma.
+    folded: vLLM's config of the model, where it is a folded checkpoint.
     """
 
     vllm_config: Any
     mode: Mode
     workspace: str | None = None
-    tensors: Mapping[str, FoldedTensor] = field(default_factory=dict)
+    folded: Any = None
     tally: Tally = field(default_factory=Tally)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, FoldedTensor]:
+        """What the manifest says of each gamma. Only norms that hold w need it."""
+        return {} if self.folded is None else _manifest(self.folded)
 
 
 _current: list[Loading] = []
@@ -86,8 +91,8 @@ def wrap_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
             from gemma_fold.engines.vllm.workspace import tensor_parallel_workspace
 
             workspace = tensor_parallel_workspace(vllm_config, model_config)
-        tensors = {} if block is None else _manifest(model_config)
-        with _loading(Loading(vllm_config, mode, workspace, tensors)) as loading:
+        folded = None if block is None else model_config
+        with _loading(Loading(vllm_config, mode, workspace, folded)) as loading:
             try:
                 model = original(self, vllm_config, model_config, *args, **kwargs)
             except AssertionError as error:
