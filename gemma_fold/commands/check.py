@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any
@@ -210,11 +210,9 @@ def _check_one(
     expected = expected_additions(file.format, original.rule, expect)
     if values is None:
         found = NormCheck(
-            original.rule.key,
-            "",
-            Finding.UNREADABLE,
-            False,
-            expected,
+            name=original.rule.key,
+            finding=Finding.UNREADABLE,
+            expected=expected,
             elements=tensor.size,
             remark=f"stored as {tensor.dtype}",
         )
@@ -232,7 +230,9 @@ def _check_one(
 
 def _absent(rule: NormRule, form: str, expect: str | None) -> NormCheck:
     expected = expected_additions(form, rule, expect)
-    return NormCheck(rule.key, "", Finding.ABSENT, False, expected, remark="not in the file")
+    return NormCheck(
+        name=rule.key, finding=Finding.ABSENT, expected=expected, remark="not in the file"
+    )
 
 
 def _part(key: str) -> str:
@@ -252,8 +252,7 @@ def _notes(original: NormFile, norms: Norms) -> list[str]:
 
 
 def _described(file: NormFile, model_type: str, names: Collection[str]) -> CheckedFile:
-    widths: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-    norms = sum(file.tensors[n].size * widths.get(file.tensors[n].dtype, 0) for n in set(names))
+    norms = sum(file.tensors[name].length for name in set(names))
     return CheckedFile(
         file.name,
         file.format,

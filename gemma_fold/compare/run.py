@@ -27,8 +27,9 @@ from gemma_fold.errors import CheckpointError, UnsupportedModelError, UsageError
 Result = TypeVar("Result")
 
 _SHOWN_PACKAGES = ("numpy", "safetensors")
-_SHOWN_FOR_OUTPUTS = ("torch", "transformers", "vllm", "sglang")
-_ENGINES = ("transformers", "vllm", "sglang")
+_SERVED = ("vllm", "sglang")  # the keys of outputs.engines.ENGINES, which imports torch
+_ENGINES = ("transformers", *_SERVED)
+_SHOWN_FOR_OUTPUTS = ("torch", *_ENGINES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ def _check(options: DiffOptions, a: str, b: str, engines: tuple[str, str]) -> No
             "servers, vLLM and SGLang return no logits; "
             "--save-logits and --logits need transformers"
         )
-    served = {"vllm", "sglang"} & {*engines}
+    served = {*_SERVED} & {*engines}
     if served and options.device != "auto":
         raise UsageError(
             "--device is for transformers; "

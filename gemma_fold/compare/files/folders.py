@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from gemma_fold.checkpoint.locate import hub_id
 from gemma_fold.checkpoint.source import Checkpoint, open_checkpoint, read_tensor
 from gemma_fold.compare.files.mlx_names import MARKS
 from gemma_fold.compare.files.model import NormFile, Tensor
-from gemma_fold.format.manifest import unwrap_config
-from gemma_fold.format.names import MANIFEST, MODEL_TYPE
+from gemma_fold.compare.sides import original_config
 
 _THREADS = 8
 
@@ -77,15 +76,14 @@ def _file(
     config: Mapping[str, Any],
     headers: Mapping[str, Header],
     others: Collection[str],
-    read: Any,
+    read: Callable[[Collection[str]], Mapping[str, bytes]],
     texts: int,
     commit: str | None,
 ) -> NormFile:
     entries = {t.name: t for header in headers.values() for t in header.tensors.values()}
-    marked = config.get("model_type") == MODEL_TYPE
-    base = unwrap_config(config, Path(os.path.basename(name))) if marked else config
+    base, folded = original_config(config, others, Path(os.path.basename(name)))
     form, tool = _form(config, headers, entries)
-    if marked or MANIFEST in others:
+    if folded:
         form, tool = "folded", "gemma-fold"
     tensors = {
         n: Tensor(n, t.dtype, t.shape[0])

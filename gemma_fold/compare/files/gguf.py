@@ -12,10 +12,11 @@ import os
 import re
 import stat
 import struct
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
+from gemma_fold.checkpoint.header import ITEMSIZE
 from gemma_fold.checkpoint.names import shown
 from gemma_fold.compare.files.model import MOST_BYTES
 from gemma_fold.errors import CheckpointError
@@ -32,8 +33,8 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"} | {
     12: "d"
 }
-#: Types a norm can be compared in, as safetensors calls them, with their bytes.
-_FLOATS = {0: ("F32", 4), 1: ("F16", 2), 28: ("F64", 8), 30: ("BF16", 2)}
+#: Types a norm can be compared in, as safetensors calls them.
+_FLOATS = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 _KEPT = re.compile(
     r"general\.(?:architecture|alignment)|[\w-]+\.(?:block_count|nextn_predict_layers)"
 )
@@ -56,7 +57,7 @@ class GgufTensor:
     @property
     def length(self) -> int:
         """Bytes."""
-        return self.size * next((w for name, w in _FLOATS.values() if name == self.dtype), 0)
+        return 0 if self.dtype is None else self.size * int(ITEMSIZE[self.dtype])
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _read_part(path: Path) -> Gguf:
-    with _Cursor(path) as cursor:
+    with closing(_Cursor(path)) as cursor:
         if cursor.take(4) != b"GGUF":
             raise CheckpointError(f"{path} is no GGUF file; fetch it again, or correct the path")
         (version,) = cursor.unpack("I")
@@ -181,8 +182,7 @@ def _description(cursor: _Cursor) -> tuple[str, int, int, int] | None:
 
 def _placed(cursor: _Cursor, row: tuple[str, int, int, int], start: int) -> GgufTensor:
     name, size, type_id, offset = row
-    dtype = _FLOATS[type_id][0] if type_id in _FLOATS else None
-    tensor = GgufTensor(name, dtype, type_id, size, cursor.path, start + offset)
+    tensor = GgufTensor(name, _FLOATS.get(type_id), type_id, size, cursor.path, start + offset)
     cursor.check(
         tensor.start + tensor.length <= cursor.size,
         f"tensor {shown(name)} reaches beyond its end",
@@ -212,15 +212,7 @@ class _Cursor:
         self._base = 0  # file offset of the buffer
         self._index = 0  # position in the buffer, perhaps beyond its end
 
-    def __enter__(self) -> _Cursor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         os.close(self._fd)
 
     @property

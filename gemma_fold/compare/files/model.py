@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_fold.checkpoint.header import ITEMSIZE
 from gemma_fold.checkpoint.names import shown
 from gemma_fold.errors import CheckpointError
 from gemma_fold.format.arithmetic import Float32, decode, is_foldable_dtype
@@ -33,6 +34,16 @@ class Tensor:
     stored: str
     dtype: str
     size: int
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether its numbers can be read as those of a norm."""
+        return is_foldable_dtype(self.dtype) or self.dtype == "F64"
+
+    @property
+    def length(self) -> int:
+        """Bytes to read; 0 for one that cannot be compared."""
+        return self.size * int(ITEMSIZE[self.dtype]) if self.is_comparable else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +84,8 @@ class NormFile:
                     f"{shown(tensor.stored)} has {tensor.size} elements, more than any norm; "
                     "fetch the file again"
                 )
-        raw = self.read([name for name, t in chosen.items() if _is_comparable(t.dtype)])
+        raw = self.read([name for name, t in chosen.items() if t.is_comparable])
         return {n: _widened(raw[n], t.dtype) if n in raw else None for n, t in chosen.items()}
-
-
-def _is_comparable(dtype: str) -> bool:
-    return is_foldable_dtype(dtype) or dtype == "F64"
 
 
 def _widened(raw: bytes, dtype: str) -> Float32:

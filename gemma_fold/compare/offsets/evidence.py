@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_fold.compare.offsets.expectation import NormRule, expected_additions, may_round
+from gemma_fold.compare.offsets.finding import held
 from gemma_fold.compare.weights.norms import ROUNDINGS
 from gemma_fold.format.arithmetic import Float32
 
@@ -165,5 +166,4 @@ def _by_shares(pooled: Float32) -> tuple[int | None, str]:
     fits = [n for n in range(4) if n in below and below[n] >= _OFTEN and below[n - 1] < _SELDOM]
     if len(fits) != 1:
         return None, told + ": that fits no reading, or more than one"
-    what = {0: "w", 1: "1 + w"}.get(fits[0], f"{fits[0]} + w")
-    return fits[0], told + f": looks like {what}"
+    return fits[0], told + f": looks like {held(fits[0])}"

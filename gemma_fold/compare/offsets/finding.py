@@ -29,7 +29,7 @@ class Finding(Enum):
     UNREADABLE = "unreadable dtype"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NormCheck:
     """One norm.
 
@@ -52,9 +52,9 @@ class NormCheck:
     """
 
     name: str
-    stored: str
+    stored: str = ""
     finding: Finding
-    right: bool
+    right: bool = False
     expected: int
     added: int | None = None
     dtype: str = ""
@@ -78,12 +78,16 @@ def finding_of(expected: int, added: int, rounding: str) -> Finding:
     return Finding.UNASKED if (expected, added) == (0, 1) else Finding.DOUBLED
 
 
+def held(added: int, offset: float = 1.0) -> str:
+    """What w is with the offset in it so many times, in words."""
+    return f"{added * offset:g} + w" if added else "w"
+
+
 def pattern_remark(rule: NormRule, expected: int, added: int, rounding: str) -> str:
     how = f", rounded to {rounding}" if rounding else ""
     if added == expected:
         return f"rounded to {rounding}" if rounding else ""
-    held = {0: "w", 1: f"{rule.offset:g} + w"}.get(added, f"{added * rule.offset:g} + w")
-    wanted = f"{rule.offset:g} + w" if expected else "w"
+    holds, wanted = held(added, rule.offset), held(expected, rule.offset)
     if not rule.zero_centred:
-        held, wanted = f"{added * rule.offset:+g} on its gamma", "its gamma as it is"
-    return f"holds {held}{how} instead of {wanted}"
+        holds, wanted = f"{added * rule.offset:+g} on its gamma", "its gamma as it is"
+    return f"holds {holds}{how} instead of {wanted}"

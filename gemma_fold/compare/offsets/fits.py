@@ -26,12 +26,12 @@ def by_fit(original: Original, values: Float32, expected: int) -> NormCheck:
     w, stored = original.w().astype(np.float64), values.astype(np.float64)
     usable = np.isfinite(w) & np.isfinite(stored)
     w, stored = w[usable], stored[usable]
-    key = original.rule.key
+    blank = NormCheck(name=original.rule.key, finding=Finding.CHANGED, expected=expected)
     if not w.size:
-        return NormCheck(key, "", Finding.CHANGED, False, expected, remark="no finite numbers")
+        return replace(blank, remark="no finite numbers")
     offset = float(np.median(stored - w))
     residual = float(np.abs(stored - w - offset).max())
-    blank = NormCheck(key, "", Finding.CHANGED, False, expected, offset=offset, residual=residual)
+    blank = replace(blank, offset=offset, residual=residual)
     for attempt in (_constant, _shifted, _factor, _channels):
         found = attempt(blank, original.rule, w, stored)
         if found is not None:
@@ -56,7 +56,7 @@ def _shifted(blank: NormCheck, rule: NormRule, w: Float64, stored: Float64) -> N
     if abs(blank.offset) < 1e-3 or np.any(error > _TOLERANCE * (np.abs(w) + abs(blank.offset))):
         return None
     times = blank.offset / rule.offset
-    if times == round(times) or abs(times - round(times)) < _TOLERANCE:
+    if abs(times - round(times)) < _TOLERANCE:
         added = round(times)
         finding = finding_of(blank.expected, added, "another")
         remark = pattern_remark(rule, blank.expected, added, "a dtype of its own")

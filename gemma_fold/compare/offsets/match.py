@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gemma_fold.compare.offsets.finding import Finding, NormCheck, finding_of, pattern_remark
 from gemma_fold.compare.offsets.fits import by_fit
 from gemma_fold.compare.offsets.original import Catalogue, Original
-from gemma_fold.compare.weights.norms import ulp_distance
+from gemma_fold.compare.weights.norms import same_numbers, ulp_distance
 from gemma_fold.format.arithmetic import Float32
 
 
@@ -33,11 +33,14 @@ def check_norm(
     `rounding_is_right` is true of formats that keep gamma in the dtype of the weights, and
     `scaling_is_right` of quantizers that scale the channels of a norm and of what follows it.
     """
-    key = original.rule.key
-    blank = NormCheck(key, "", Finding.CHANGED, False, expected, elements=values.size)
     if values.size != original.values.size:
-        remark = f"{values.size} elements instead of {original.values.size}"
-        return replace(blank, finding=Finding.SHAPE, remark=remark)
+        return NormCheck(
+            name=original.rule.key,
+            finding=Finding.SHAPE,
+            expected=expected,
+            elements=values.size,
+            remark=f"{values.size} elements instead of {original.values.size}",
+        )
     found = _by_pattern(original, values, expected)
     if found is None:
         found = _by_place(original, values, expected, catalogue)
@@ -79,30 +82,27 @@ def _by_pattern(original: Original, values: Float32, expected: int) -> NormCheck
         if _is(original, values, additions):
             return _found(original, expected, additions, "")
         for how, rounded in original.rounded(additions):
-            if _equal(values, rounded):
+            if same_numbers(values, rounded):
                 return _found(original, expected, additions, how)
     return None
 
 
 def _is(original: Original, values: Float32, additions: int) -> bool:
-    if _equal(values, original.exact(additions)):
+    if same_numbers(values, original.exact(additions)):
         return True
     # The w of a gamma is not always gamma - offset: any that gives the same gamma is as good.
     if original.added and additions == 0:
         with np.errstate(over="ignore", invalid="ignore"):
-            return _equal(values + np.float32(original.rule.offset), original.values)
+            return same_numbers(values + np.float32(original.rule.offset), original.values)
     return False
 
 
 def _found(original: Original, expected: int, added: int, rounding: str) -> NormCheck:
-    finding = finding_of(expected, added, rounding)
     return NormCheck(
-        original.rule.key,
-        "",
-        finding,
-        False,
-        expected,
-        added,
+        name=original.rule.key,
+        finding=finding_of(expected, added, rounding),
+        expected=expected,
+        added=added,
         rounding=rounding,
         remark=pattern_remark(original.rule, expected, added, rounding),
     )
@@ -115,16 +115,21 @@ def _by_place(
     owner = catalogue.owner(values)
     if owner is not None and owner != key:
         return NormCheck(
-            key, "", Finding.OTHER_NORM, False, expected, of=owner, remark=f"holds {owner}"
+            name=key,
+            finding=Finding.OTHER_NORM,
+            expected=expected,
+            of=owner,
+            remark=f"holds {owner}",
         )
     ordered = np.sort(values)
     for additions in (expected, 1 - expected):
         forms = [("", original.exact(additions)), *original.rounded(additions)]
-        if any(_equal(ordered, np.sort(form)) for _, form in forms):
-            remark = "the original's numbers in another order"
-            return NormCheck(key, "", Finding.PERMUTED, False, expected, additions, remark=remark)
+        if any(same_numbers(ordered, np.sort(form)) for _, form in forms):
+            return NormCheck(
+                name=key,
+                finding=Finding.PERMUTED,
+                expected=expected,
+                added=additions,
+                remark="the original's numbers in another order",
+            )
     return None
-
-
-def _equal(a: Float32, b: Float32) -> bool:
-    return bool(np.array_equal(a, b, equal_nan=True))

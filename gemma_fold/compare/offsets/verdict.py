@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gemma_fold.compare.offsets.evidence import Evidence
-from gemma_fold.compare.offsets.finding import Finding, NormCheck
+from gemma_fold.compare.offsets.finding import Finding, NormCheck, held
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,14 @@ def judge_evidence(found: Evidence | None) -> CheckVerdict:
             None, "cannot tell from the file alone; give the original with --against"
         )
     sure = "its bits show it" if found.sure == "bits" else "a guess from statistics"
-    holds = {None: "", 0: "w", 1: "1 + w"}.get(found.added, f"{found.added} + w")
+    holds = "" if found.added is None else held(found.added)
     if found.rounding:
         holds = f"{holds or 'gamma'} rounded as gamma in {found.rounding}"
-    wanted = "1 + w" if found.expected else "w"
-    verb = "looks right: holds" if found.right else f"looks wrong: should hold {wanted}, but holds"
+    verb = (
+        "looks right: holds"
+        if found.right
+        else f"looks wrong: should hold {held(found.expected)}, but holds"
+    )
     return CheckVerdict(found.right, f"{verb} {holds} ({sure})")
 
 

@@ -155,8 +155,8 @@ def _added_again(low: Float32, high: Float32, offset: np.float32) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):
         for start in (low, *(rounding(low) for rounding in ROUNDINGS.values())):
             total = start + offset
-            if _equal(high, total) or any(
-                _equal(high, rounding(total)) for rounding in ROUNDINGS.values()
+            if same_numbers(high, total) or any(
+                same_numbers(high, rounding(total)) for rounding in ROUNDINGS.values()
             ):
                 return True
     return False
@@ -178,7 +178,8 @@ ROUNDINGS: Mapping[str, Callable[[Float32], Float32]] = MappingProxyType(
 )
 
 
-def _equal(a: Float32, b: Float32) -> bool:
+def same_numbers(a: Float32, b: Float32) -> bool:
+    """Whether two tensors are equal, NaN to NaN."""
     return bool(np.array_equal(a, b, equal_nan=True))
 
 
