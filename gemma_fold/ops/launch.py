@@ -227,8 +227,8 @@ def plan_rows(
 
     fp8: "static" or "per_token" for e4m3 output. crowded: short rows in one program where they fill
     the GPU several times over. pair: a program takes two rows elsewhere. late: the next kernel
-    starts late, where it would not anyway. late_gamma: it is loaded when it is needed. fence: all
-    loads are issued before any arithmetic.
+    starts late, also where others let it start early. late_gamma: gamma is loaded when it is
+    needed, not with the rows. fence: all loads are issued before any arithmetic.
     """
     rows, row_bytes = row_size(x)
     warps = warps_per_row(row_bytes)
