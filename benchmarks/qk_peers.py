@@ -16,7 +16,7 @@ from norm_peers import EPS, Call, flashinfer_backend
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.ops import reference
+from gemma_fold.ops.operators.qk_rms_norm_rope import rotate
 
 POSITIONS = 32768
 Pair = tuple[Tensor, Tensor]
@@ -83,7 +83,7 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def _rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> Pair:
     rows = cos_sin[positions]
-    return reference.rotate(q, rows, None, False), reference.rotate(k, rows, None, False)
+    return rotate(q, rows, None, False), rotate(k, rows, None, False)
 
 
 def _norm_rope(q: Tensor, k: Tensor, weight: Tensor, cos_sin: Tensor, positions: Tensor) -> Pair:
@@ -131,7 +131,7 @@ def check(op: str, heads: tuple[int, int, int]) -> None:
         x64 = x.double()
         y = x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + EPS) * g
         if op == "qk_rms_norm_rope":
-            y = reference.rotate(y, b.cos_sin.double(), b.positions, False)
+            y = rotate(y, b.cos_sin.double(), b.positions, False)
         want.append(y)
     ours(op, b)(0)
     for got, exact in zip(b.pairs[0], want, strict=True):

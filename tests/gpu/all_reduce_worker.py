@@ -23,12 +23,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "support"), str(HERE)]
 
 import all_reduce_oracle as oracle  # noqa: E402
+import reference  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gemma_fold import ops  # noqa: E402
-from gemma_fold.ops import reference  # noqa: E402
 
 POST_EPS, PRE_EPS = 1e-6, 1e-5
 QUICK = (640, 5376)

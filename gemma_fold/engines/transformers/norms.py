@@ -21,7 +21,8 @@ from gemma_fold.engines.originals import original_weight
 from gemma_fold.engines.transformers.hooks import Watched
 from gemma_fold.errors import UnsupportedModelError
 from gemma_fold.format.manifest import FoldedTensor
-from gemma_fold.ops import checks, reference
+from gemma_fold.ops import checks
+from gemma_fold.ops.operators.rms_norm import reference
 from gemma_fold.rules import Fold
 
 #: Names a zero-centred norm gives its gain.
@@ -167,9 +168,9 @@ class FoldedNorm(Watched):
     def _rms_norm(self, x: Tensor, gamma: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             # A compiler fuses what it can see with its neighbours, rotary embedding for one.
-            return reference.rms_norm(x, gamma, self.epsilon)
+            return reference(x, gamma, self.epsilon)
         if not checks.supports(x):
-            return reference.rms_norm(x, gamma, self.epsilon)
+            return reference(x, gamma, self.epsilon)
         return ops.rms_norm(x, gamma, self.epsilon)
 
     def extra_repr(self) -> str:
