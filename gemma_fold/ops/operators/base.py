@@ -379,6 +379,19 @@ class RowOperator(Operator[R]):
         return (self.like(x, FP8), scales, *total)
 
 
+def check_heads(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor) -> None:
+    """Raises TypeError or ValueError unless q and k are heads of the same tokens, with gammas."""
+    for name, heads, gamma in (("q", q, q_gamma), ("k", k, k_gamma)):
+        checks.check_activation(heads, name)
+        checks.check_gamma(gamma, heads, f"{name}_gamma")
+        if heads.dim() < 2 or heads.shape[-2] == 0:
+            raise ValueError(f"{name} must be [..., heads, head_dim], not {list(heads.shape)}")
+    if q.dtype != k.dtype or q.device != k.device:
+        raise TypeError(f"q ({q.dtype}, {q.device}) and k ({k.dtype}, {k.device}) must match")
+    if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} may differ only in heads")
+
+
 class HeadsOperator(Operator[tuple[Tensor, Tensor]]):
     """An operator on the heads of q and k, [..., heads, head_dim], in place for its callers.
 
@@ -409,15 +422,7 @@ class HeadsOperator(Operator[tuple[Tensor, Tensor]]):
     def check(self, *tensors: Any) -> None:
         """Raises TypeError or ValueError for operands that the kernel does not take."""
         q, k, q_gamma, k_gamma, *others = tensors
-        for name, heads, gamma in (("q", q, q_gamma), ("k", k, k_gamma)):
-            checks.check_activation(heads, name)
-            checks.check_gamma(gamma, heads, f"{name}_gamma")
-            if heads.dim() < 2:
-                raise ValueError(f"{name} must be [..., heads, head_dim], not {list(heads.shape)}")
-        if q.dtype != k.dtype or q.device != k.device:
-            raise TypeError(f"q ({q.dtype}, {q.device}) and k ({k.dtype}, {k.device}) must match")
-        if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
-            raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} may differ only in heads")
+        check_heads(q, k, q_gamma, k_gamma)
         if self.check_others is not None:
             self.check_others(q, *others)
 
