@@ -17,6 +17,7 @@ from torch import Tensor
 from gemma_fold import ops
 
 EPS = 1e-6
+KERNELS = ("test_kernels.py", "test_cache_kernels.py")
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
@@ -247,7 +248,7 @@ def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     tests = Path(__file__).parent
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_kernels.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *KERNELS],
         cwd=tests,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tests.parents[1])},
         capture_output=True,
