@@ -152,11 +152,7 @@ def _kind(norm: Norm, node: Node) -> Kind:
         return norm.kind
     answer = norm.switch.is_zero_centred(node.config)
     if answer is None:
-        value = lookup(node.config, norm.switch.key)
-        raise Refused(
-            f"{node.model_type} with {norm.switch.key}={value!r} is unknown, so nothing says "
-            f"whether {norm.names} is zero-centred; add the value to its row"
-        )
+        raise Refused(norm.switch.refused(node.config, node.model_type, f"{norm.names} is"))
     return norm.kind if answer else Kind.PLAIN
 
 

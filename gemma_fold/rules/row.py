@@ -51,17 +51,29 @@ class Switch:
     """A config value that decides between zero-centred and plain.
 
     key: dotted path into the family's config. test: True for zero-centred, False for plain, None
-    for a value nobody here has seen, which is refused. absent: the answer without the key.
+    for a value that is refused. absent: the answer without the key. refusal: why a value is
+    refused, where it is not simply one that nobody here has seen.
     """
 
     key: str
     test: Callable[[Any], bool | None]
     absent: bool
+    refusal: str = ""
 
     def is_zero_centred(self, config: Config) -> bool | None:
         """True, False, or None where the config says something unknown."""
         value = lookup(config, self.key)
         return self.absent if value is None else self.test(value)
+
+    def refused(self, config: Config, model_type: str, norms: str) -> str:
+        """The reason to give where `is_zero_centred` says None of these norms."""
+        said = f"{model_type} with {self.key}={lookup(config, self.key)!r}"
+        if self.refusal:
+            return f"{said} cannot be folded: {self.refusal}"
+        return (
+            f"{said} is unknown, so nothing says whether {norms} zero-centred; "
+            "add the value to its row"
+        )
 
 
 def is_true(value: Any) -> bool | None:
@@ -113,12 +125,14 @@ class Norm:
 class Plain:
     """Norm-like tensors of a family that are not zero-centred, and why that is worth saying.
 
-    names: as in `Norm`; or a prefix and `**`, for all norms of a part that no rule here is about.
+    names, absolute: as in `Norm`. names may be a prefix and `**`, for all norms of a part that no
+    rule here is about.
     """
 
     names: str
     why: str
     kind: Kind = Kind.PLAIN
+    absolute: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,15 +84,20 @@ def choose_layout(node: Node, names: Mapping[str, list[str]]) -> tuple[Family, s
 
     def hits(candidate: tuple[Family, str]) -> int:
         row, root = candidate
-        lines: list[Norm | Plain] = [*(line for line in row.norms if not line.absolute), *row.plain]
-        return sum(template in names for line in lines for template in templates(line, root))
+        lines: list[Norm | Plain] = [*row.norms, *row.plain]
+        return sum(
+            template in names
+            for line in lines
+            if not line.absolute
+            for template in templates(line, root)
+        )
 
     return max(candidates, key=hits)
 
 
 def templates(line: Norm | Plain, root: str) -> tuple[str, ...]:
     """The full names of a line of a row, `{i}` for each index."""
-    if isinstance(line, Norm) and line.absolute:
+    if line.absolute:
         return expand(line.names)
     return tuple(root + name for name in expand(line.names))
 
@@ -142,10 +147,7 @@ def _why_plain(row: Family, model_type: str, config: Config) -> str:
         answer = switch.is_zero_centred(config)
         value = lookup(config, switch.key)
         if answer is None:
-            raise Refused(
-                f"{model_type} with {switch.key}={value!r} is unknown, so nothing says whether "
-                "its norms are zero-centred; add the value to its row"
-            )
+            raise Refused(switch.refused(config, model_type, "its norms are"))
         if not answer:
             said = f"has no {switch.key}" if value is None else f"says {switch.key}={value!r}"
             return f"config.json {said}"
