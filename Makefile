@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The pins are of Python 3.11 and later; `make test-fast LOCK=` takes what there is today instead.
 LOCK ?= -c constraints.txt
 
-.PHONY: help venv demo test test-library test-fast engines check docs lock canary clean
+.PHONY: help venv demo test test-library test-fast engines check docs lock survey canary clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
@@ -58,8 +58,8 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 	touch $@
 
 engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m ## the tests that need vLLM or SGLang, each in its environment
-	$(VLLM)/bin/pytest -m engine --durations=8 tests/engines/test_vllm.py; vllm=$$?; \
-	$(SGLANG)/bin/pytest -m engine --durations=8 tests/engines/test_sglang*.py; sglang=$$?; \
+	$(VLLM)/bin/pytest -m engine --durations=8 tests/engines/test_vllm.py tests/rules/test_survey.py; vllm=$$?; \
+	$(SGLANG)/bin/pytest -m engine --durations=8 tests/engines/test_sglang*.py tests/rules/test_survey.py; sglang=$$?; \
 	exit $$((vllm || sglang))
 
 # Two lanes of one thread a process, side by side where there are two cores for them.
@@ -96,6 +96,9 @@ docs: venv .cache/gemma-3-270m ## make the generated parts of the documents anew
 
 lock: ## write every constraints*.txt anew, from what is released today
 	$(PYTHON) tools/lock.py
+
+survey: venv ## run every norm of the installed transformers, and print what the rules lack
+	$(BIN)/python tools/survey.py transformers
 
 canary: ## try the newest release of each engine, and print what still holds
 	$(PYTHON) tools/canary.py $(ENGINES)

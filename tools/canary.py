@@ -77,7 +77,8 @@ TRANSFORMERS = Canary(
     environments.transformers,
     (
         "tests/engines/test_transformers_families.py",
-        "-k=says_what_the_original_says or folding_in_memory",
+        "tests/rules/test_survey.py",
+        "-k=says_what_the_original_says or folding_in_memory or reading_finds_the_classes",
         "-m=slow or not slow",
     ),
 )
@@ -86,7 +87,8 @@ VLLM = Canary(
     environments.vllm_cpu,
     (
         "tests/engines/test_vllm.py",
-        "-k=stock_mode_gives or native_mode",
+        "tests/rules/test_survey.py",
+        "-k=stock_mode_gives or native_mode or has_no_file_without_a_row",
         "-m=engine",
     ),
     "tests/engines/vllm_setup.py",
@@ -97,7 +99,8 @@ SGLANG = Canary(
     environments.sglang,
     (
         "tests/engines/test_sglang.py",
-        "-k=a_server_says or a_folded_model_is or native_folds",
+        "tests/rules/test_survey.py",
+        "-k=a_server_says or a_folded_model_is or native_folds or has_no_file_without_a_row",
         "-m=engine",
     ),
     "tests/engines/sglang_setup.py",
