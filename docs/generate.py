@@ -17,6 +17,7 @@ import measured_fused
 import measured_loaders
 import measured_parallel
 import measured_reliability
+import rules_files
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (
@@ -27,6 +28,7 @@ DOCUMENTS = (
     "docs/sglang.md",
     "docs/reliability.md",
     "docs/compatibility.md",
+    "docs/rules.md",
 )
 MODEL = ".cache/gemma-3-270m"
 
@@ -74,6 +76,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "headline": measured_parallel.headline,
     "vllm": measured_parallel.vllm,
     "sglang": measured_parallel.sglang,
+    "rule_families": rules_files.families,
+    "rule_classes": rules_files.classes,
+    "rule_plain": rules_files.plain,
 }
 
 
@@ -91,3 +96,5 @@ if __name__ == "__main__":
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(filled(path.read_text()))
+    for path, text in rules_files.packaged().items():
+        path.write_text(text)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from gemma_fold.rules.row import Config, Family, Norm, lookup
+from gemma_fold.rules.row import Config, Family, Norm, value_at
 from gemma_fold.rules.tree import Refused, templates
 
 #: An index inside a tensor name: a number between dots.
@@ -53,7 +53,7 @@ class Layers:
         return found
 
     def _count(self, path: str) -> int:
-        if lookup(self.config, path) is not None:
+        if value_at(self.config, path) is not None:
             return self._number(path)
         # Configs may leave out what equals their class's default; the tensors are all there is.
         if path not in self.counted:
@@ -61,7 +61,7 @@ class Layers:
         return self.counted[path]
 
     def _number(self, path: str) -> int:
-        value = lookup(self.config, path)
+        value = value_at(self.config, path)
         if value is None:
             return 0
         if not isinstance(value, int) or not 0 <= value <= _MOST_LAYERS:

@@ -1,7 +1,7 @@
 """`classify`: match every tensor of a checkpoint against the table.
 
 Each model of the tree picks the one root that its tensors are under. From there on every name is
-an exact string, up to the indices: a dict lookup, so 100,000 tensors take no time.
+an exact string, up to the indices: a dict value_at, so 100,000 tensors take no time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from gemma_fold.format.names import MODEL_TYPE
 from gemma_fold.rules.layers import INDEX, Layers
 from gemma_fold.rules.model import Classification, Kind, TensorRule, Verdict, shorten
-from gemma_fold.rules.row import Family, Norm, expand, lookup
+from gemma_fold.rules.row import Family, Norm, expand, value_at
 from gemma_fold.rules.tree import Node, Refused, build_tree, choose_layout, identify, templates
 
 _NORM_LIKE = re.compile(r"norm|(?<![^._])ln(?=[._\d])|gamma", re.IGNORECASE)
@@ -75,7 +75,7 @@ def _undecided(
         for rule in (TensorRule(Kind.OTHER, model_type, template),)
         for name in members
     }
-    return Classification(model_type, verdict, reason, rules)
+    return Classification(model_type, verdict, reason, rules, decided=False)
 
 
 # --- one model of the tree -----------------------------------------------------------------------
@@ -88,7 +88,10 @@ def _match(
     found: _Found,
 ) -> None:
     if node.plain:
-        rule = TensorRule(Kind.PLAIN, node.model_type, "", None, node.layouts[0].evidence)
+        row = node.layouts[0]
+        rule = TensorRule(
+            Kind.PLAIN, node.model_type, "", None, row.evidence, condition=row.condition()
+        )
         for base in node.bases:
             found.areas.setdefault(base, rule)
         return
@@ -133,9 +136,10 @@ def _match_norm(
         fold=(norm.fold or row.fold) if kind is Kind.ZERO_CENTRED else None,
         evidence=norm.evidence or row.evidence,
         note=norm.note,
+        condition=row.condition(norm),
     )
     required = not norm.optional
-    if norm.unless_false and lookup(node.config, norm.unless_false) is False:
+    if norm.unless_false and value_at(node.config, norm.unless_false) is False:
         required = False
     for template in templates(norm, root):
         if template not in found.rules:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from gemma_fold.rules.row import Config, Family, Norm, Plain, expand, lookup
+from gemma_fold.rules.row import Config, Family, Norm, Plain, expand, value_at
 from gemma_fold.rules.table import BY_ARCHITECTURE, BY_MODEL_TYPE
 
 # A config that goes beyond these is broken; real ones nest three models.
@@ -123,7 +123,7 @@ def _rows(config: Config, model_type: str, where: str) -> tuple[Family, ...]:
 def _parts(row: Family, config: Config) -> Iterator[tuple[str, Config, str, tuple[str, ...]]]:
     """(key, sub-config, its model_type, prefixes) of each model inside."""
     for part in row.parts:
-        sub = lookup(config, part.key)
+        sub = value_at(config, part.key)
         sub = sub if isinstance(sub, Mapping) else {}
         yield part.key, sub, part.row(sub), part.prefixes
     if row.all_plain:
@@ -132,6 +132,13 @@ def _parts(row: Family, config: Config) -> Iterator[tuple[str, Config, str, tupl
                 if _PATTERN.search(key):
                     raise Refused(f"config.json has a model under {key!r}, which is not a name")
                 yield key, sub, sub["model_type"], _usual_prefixes(key)
+
+
+def holds_any_model(model_type: str, name: str) -> bool:
+    """Whether `name` lies where a wrapper that takes any model has the one inside it."""
+    rows = BY_MODEL_TYPE.get(model_type, ())
+    inside = expand("{,model.}{language_model,text_model,llm}.")
+    return any(row.all_plain for row in rows) and name.startswith(inside)
 
 
 def _usual_prefixes(key: str) -> tuple[str, ...]:
@@ -145,7 +152,7 @@ def _usual_prefixes(key: str) -> tuple[str, ...]:
 def _why_plain(row: Family, model_type: str, config: Config) -> str:
     for switch in row.switches:
         answer = switch.is_zero_centred(config)
-        value = lookup(config, switch.key)
+        value = value_at(config, switch.key)
         if answer is None:
             raise Refused(switch.refused(config, model_type, "its norms are"))
         if not answer:

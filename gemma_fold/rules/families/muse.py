@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gemma_fold.rules.families.common import LANGUAGE_MODEL, SANDWICH, VISION_NORM, ran
 from gemma_fold.rules.model import Evidence, Fold, Kind
-from gemma_fold.rules.row import Converted, Family, Norm, Part, Plain, Switch, is_true, one_of
+from gemma_fold.rules.row import Converted, Family, Norm, Part, Plain, Switch, Test, is_true, one_of
 
 _MUSE_FINAL = Plain("norm.weight", "the final norm is plain, unlike the norms of the layers")
 _MUSE_VISION = (
@@ -25,7 +25,7 @@ _CENTRES = Switch(
 )
 _LEARNABLE = Switch(
     "use_ffn_learnable_scales",
-    lambda value: True if value is False else None,
+    Test("is false", lambda value: True if value is False else None),
     absent=True,
     refusal=f"its post_ffn_norm {_INPUT_SCALED.removesuffix('; left alone')}",
 )
