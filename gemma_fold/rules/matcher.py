@@ -128,7 +128,11 @@ def _refuse_converted(
 def _match_norm(
     norm: Norm, node: Node, row: Family, root: str, layers: Layers, found: _Found
 ) -> None:
-    kind = _kind(norm, node)
+    required = not norm.optional
+    if norm.unless_false and value_at(node.config, norm.unless_false) is False:
+        required = False
+    full = templates(norm, root)
+    kind = _kind(norm, node, required or any(template in layers.names for template in full))
     rule = TensorRule(
         kind=kind,
         family=node.model_type,
@@ -138,10 +142,7 @@ def _match_norm(
         note=norm.note,
         condition=row.condition(norm),
     )
-    required = not norm.optional
-    if norm.unless_false and value_at(node.config, norm.unless_false) is False:
-        required = False
-    for template in templates(norm, root):
+    for template in full:
         if template not in found.rules:
             found.rules[template] = rule
             found.limits[template] = layers.limit(norm)
@@ -151,11 +152,11 @@ def _match_norm(
         found.notes[f"{root}{norm.names}: {norm.note}"] = None
 
 
-def _kind(norm: Norm, node: Node) -> Kind:
+def _kind(norm: Norm, node: Node, called_for: bool) -> Kind:
     if norm.switch is None:
         return norm.kind
     answer = norm.switch.is_zero_centred(node.config)
-    if answer is None:
+    if answer is None and called_for:  # what a model does not have decides nothing
         raise Refused(norm.switch.refused(node.config, node.model_type, f"{norm.names} is"))
     return norm.kind if answer else Kind.PLAIN
 

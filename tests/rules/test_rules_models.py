@@ -80,8 +80,10 @@ def test_draft_of_muse_spark_folds_where_its_offsets_are_one_number() -> None:
     assert plain.verdict is Verdict.NOTHING_TO_FOLD
 
 
-def test_draft_of_muse_spark_without_weights_on_its_post_norms() -> None:
+@pytest.mark.parametrize("center", ["one", "inverse_residual_index"])
+def test_draft_of_muse_spark_without_weights_on_its_post_norms(center: str) -> None:
     config = DSPARK | {"num_hidden_layers": 2, "post_norm_affine": False}
+    config |= {"post_norm_gain_center_type": center}
     shapes = {name: shape for name, shape in DSPARK_NORMS.items() if "post" not in name}
     classify(config, shapes).require_foldable()
 
