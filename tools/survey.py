@@ -105,6 +105,17 @@ def plain_rows() -> set[str]:
     return {kind for row in TABLE if row.all_plain for kind in row.model_types}
 
 
+def wrappers(text: str, found: set[str]) -> tuple[str, list[str]]:
+    """plain.py with these of its model types among WRAPPERS too, and which were not there.
+
+    What was there stays: each survey sees some of the configs.
+    """
+    known = {*block(text, "WRAPPERS")}
+    new = sorted(found - known)
+    problems = [f"WRAPPERS of plain.py lacks {kind}" for kind in new]
+    return with_block(text, "WRAPPERS", sorted({*known, *new})), problems
+
+
 def block(text: str, name: str) -> list[str]:
     """The words of the list `name` in a Python file; none where it has no such list."""
     found = re.search(rf'^{name} = """\n(.*?)"""', text, re.DOTALL | re.MULTILINE)
@@ -182,6 +193,8 @@ def transformers(write: bool) -> list[str]:
         problems += [f"{name} of plain.py lacks {kind}" for kind in sorted({*words} - {*known})]
         problems += [f"{name} of plain.py has {kind}" for kind in sorted({*known} - {*words})]
         text = with_block(text, name, words)
+    text, lacking = wrappers(text, models.wrappers() & plain_rows())
+    problems += lacking
     told = json.loads(NORMS.read_text())
     known = told["_about"]["classes"]
     problems += [
@@ -231,7 +244,12 @@ def source(engine: str, path: Path, write: bool) -> list[str]:
     types = survey_source.model_types(text, CONFIGS[engine])
     unknown = types.keys() - rows() - ANY_MODEL
     problems += [f"model type {kind} of {types[kind]} has no row" for kind in sorted(unknown)]
+    plain = PLAIN.read_text()  # of a model type that transformers has, transformers knows best
+    inside = survey_source.wrappers(text, CONFIGS[engine]) & {*block(plain, "ENGINES")}
+    plain, lacking = wrappers(plain, inside)
+    problems += lacking
     if write:
+        PLAIN.write_text(plain)
         version = _version(path)
         table[engine] = {
             "version": version,

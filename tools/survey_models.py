@@ -23,7 +23,7 @@ import transformers
 from norm_trial import Trial
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -133,6 +133,16 @@ def model_classes(config_class: type) -> tuple[type[Any], ...]:
     if not found and config_class in MODEL_MAPPING:  # it runs the classes of another config
         found = [MODEL_MAPPING[config_class]]
     return tuple(found)
+
+
+def wrappers() -> set[str]:
+    """Model types whose config has the config of any model inside."""
+    found = set()
+    for model_type, config in CONFIG_MAPPING.items():
+        inside = getattr(config, "sub_configs", {}).values()
+        if AutoConfig in inside or "CONFIG_MAPPING[" in inspect.getsource(config):
+            found.add(model_type)
+    return found
 
 
 def sweep(report: Any = lambda line: None) -> Sweep:

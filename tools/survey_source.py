@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 _WEIGHT = re.compile(r"(^|_)(weight|gamma)$")
 _OFFSET = re.compile(r"offset|gain_center")
 _KEYWORD = re.compile(r"^(norm_)?weight_(bias|offset)$|^gain_center$")
+_INSIDE = re.compile(r"\bself\.(text|llm|language)_config\b|\bCONFIG_MAPPING\[")
 _KERNEL = re.compile(r"gemma_\w*norm(?!_weight)")
 #: A file without any of these adds nothing.
 _MAYBE = re.compile(
@@ -259,16 +260,34 @@ def _zero(node: ast.AST) -> bool:
 def model_types(source: Source, under: Iterable[str]) -> dict[str, str]:
     """Model types that the config classes of the folders `under` are of -> where each says so."""
     return {
-        line.value.value: f"{file.path}:{line.lineno}"
+        kind: f"{file.path}:{line.lineno}"
         for file in source.files(under)
         for body in file.definitions.values()
-        if isinstance(body, ast.ClassDef)
-        for line in body.body
-        if isinstance(line, ast.Assign | ast.AnnAssign)
-        and isinstance(line.value, ast.Constant)
-        and isinstance(line.value.value, str)
-        and "model_type" in {getattr(t, "id", "") for t in _targets(line)}
+        for kind, line in _model_types(body)
     }
+
+
+def wrappers(source: Source, under: Iterable[str]) -> set[str]:
+    """Those of `model_types` whose config class speaks of the config of a language model inside."""
+    return {
+        kind
+        for file in source.files(under)
+        for body in file.definitions.values()
+        for kind, _ in _model_types(body)
+        if _INSIDE.search(ast.unparse(body))
+    }
+
+
+def _model_types(body: _Definition) -> Iterator[tuple[str, ast.stmt]]:
+    """The model type that a class says it is of, and the line."""
+    for line in body.body if isinstance(body, ast.ClassDef) else ():
+        if (
+            isinstance(line, ast.Assign | ast.AnnAssign)
+            and isinstance(line.value, ast.Constant)
+            and isinstance(line.value.value, str)
+            and "model_type" in {getattr(t, "id", "") for t in _targets(line)}
+        ):
+            yield line.value.value, line
 
 
 def _targets(line: ast.Assign | ast.AnnAssign) -> list[ast.expr]:

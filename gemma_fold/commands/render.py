@@ -126,7 +126,10 @@ def verification(report: VerifyReport) -> str:
 def rules(found: Export, model_type: str | None) -> str:
     """What `rules` prints: of the whole table a line for each family, of one all it says."""
     if model_type is not None:
-        return "\n\n".join(_family(family, model_type) for family in found.families)
+        shown = [_family(family, model_type) for family in found.families]
+        if found.wrappers:
+            shown.append("a model inside is decided by its own model_type, in config.json")
+        return "\n\n".join(shown)
     rows = [_family_row(family) for family in found.families if family.kind != "plain"]
     plain = {name for f in found.families if f.kind == "plain" for name in f.model_types}
     return (
@@ -146,7 +149,8 @@ def _family_row(family: ExportedFamily) -> list[str]:
 
 
 def _family(family: ExportedFamily, asked: str) -> str:
-    lines = [f"{asked}: {family.reason or family.kind}", f"rule: {_evidence(family)}"]
+    said = "plain: no norm of its own adds to its weight" if family.kind == "plain" else family.kind
+    lines = [f"{asked}: {family.reason or said}", f"rule: {_evidence(family)}"]
     if family.condition:
         lines.append(f"zero-centred if {family.condition}")
     if family.roots:

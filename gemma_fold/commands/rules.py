@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from gemma_fold.errors import UnsupportedModelError
-from gemma_fold.rules.export import SCHEMA, Export, export, families_of, plain_values, similar
+from gemma_fold.format.names import MODEL_TYPE
+from gemma_fold.rules.export import Export, export, export_of, plain_values, similar
+
+_LONGEST = 80  # real names are shorter
 
 
 def rules(model_type: str | None = None) -> Export:
@@ -16,12 +19,18 @@ def rules(model_type: str | None = None) -> Export:
     """
     if model_type is None:
         return export()
-    families = families_of(model_type)
-    if not families:
-        near = similar(model_type)
-        hint = f"did you mean {' or '.join(near)}?" if near else "gemma-fold rules lists them all"
-        raise UnsupportedModelError(f"no rule for the model type {model_type!r}; {hint}")
-    return Export(SCHEMA, families, ())
+    found = export_of(model_type)
+    if not found.families:
+        shown = model_type if len(model_type) <= _LONGEST else f"{model_type[:_LONGEST]}..."
+        raise UnsupportedModelError(f"no rule for the model type {shown!r}; {_hint(model_type)}")
+    return found
+
+
+def _hint(model_type: str) -> str:
+    if model_type == MODEL_TYPE:
+        return "it says that a checkpoint is folded: ask for the one in its base_config"
+    near = similar(model_type[:_LONGEST])
+    return f"did you mean {' or '.join(near)}?" if near else "gemma-fold rules lists them all"
 
 
 def to_json(found: Export) -> dict[str, Any]:

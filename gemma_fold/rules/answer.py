@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gemma_fold.rules.families import plain
 from gemma_fold.rules.matcher import classify
 from gemma_fold.rules.model import Classification, Evidence, Fold, Kind
-from gemma_fold.rules.tree import holds_any_model
+
+#: Plain model types that have a model of any family inside.
+WRAPPERS = frozenset(plain.WRAPPERS.split())
 
 RuleKind = Literal["zero_centred", "layernorm1p", "plain", "input_scaled", "not_a_norm", "unknown"]
 
@@ -46,18 +49,17 @@ def lookup(model_type: str, tensor_name: str, config: Mapping[str, Any] | None =
         model_type: as `config.json` says it.
         tensor_name: the full name on disk. `{i}` may stand for the number of a layer.
         config: the parsed `config.json`. Without it, switches are as where the config is silent,
-            and what lies inside a wrapper of any model is `unknown`.
+            and norms of a wrapper of any model are `unknown`: they may be those of that model.
 
     Returns:
         A rule, always: what no row answers for is `unknown`. For a whole checkpoint use `classify`,
         which sees in addition what is missing and which of two layouts it is in.
     """
     whole = dict(config or {}) | {"model_type": model_type}
-    found = classify(whole, {tensor_name: (8,)})
-    if config is None and holds_any_model(model_type, tensor_name):
-        note = "decided by the model inside; pass the config"
-        return Rule("unknown", model_type, note=note)
-    return _rule(found, tensor_name)
+    rule = _rule(classify(whole, {tensor_name: (8,)}), tensor_name)
+    if config is None and rule.kind == "plain" and rule.model_type in WRAPPERS:
+        return Rule("unknown", rule.model_type, note="decided by the model inside; pass the config")
+    return rule
 
 
 def _rule(found: Classification, name: str) -> Rule:

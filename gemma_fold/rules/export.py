@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from gemma_fold.rules.answer import RuleKind, kind_of
+from gemma_fold.rules.answer import WRAPPERS, RuleKind, kind_of
 from gemma_fold.rules.classes import CLASSES, NormClass
 from gemma_fold.rules.model import Evidence, Fold, Kind
 from gemma_fold.rules.row import Family, Norm, Part, Plain, expand
@@ -123,22 +123,26 @@ class Export:
     Attributes:
         schema: version of this form.
         families: two with one model type are two layouts of it.
+        wrappers: model types of plain families that have a model of any family inside.
         classes: norm classes by name.
     """
 
     schema: int
     families: tuple[ExportedFamily, ...]
+    wrappers: tuple[str, ...]
     classes: tuple[ExportedClass, ...]
 
 
 def export() -> Export:
     """The whole table."""
-    return Export(SCHEMA, tuple(map(_family, TABLE)), tuple(map(_class, CLASSES)))
+    families = tuple(map(_family, TABLE))
+    return Export(SCHEMA, families, tuple(sorted(WRAPPERS)), tuple(map(_class, CLASSES)))
 
 
-def families_of(name: str) -> tuple[ExportedFamily, ...]:
+def export_of(name: str) -> Export:
     """The rows that answer for a model type or an architecture; none where none does."""
-    return tuple(_family(row) for row in TABLE if name in (*row.model_types, *row.architectures))
+    rows = (row for row in TABLE if name in (*row.model_types, *row.architectures))
+    return Export(SCHEMA, tuple(map(_family, rows)), (name,) if name in WRAPPERS else (), ())
 
 
 def similar(name: str) -> list[str]:

@@ -134,13 +134,6 @@ def _parts(row: Family, config: Config) -> Iterator[tuple[str, Config, str, tupl
                 yield key, sub, sub["model_type"], _usual_prefixes(key)
 
 
-def holds_any_model(model_type: str, name: str) -> bool:
-    """Whether `name` lies where a wrapper that takes any model has the one inside it."""
-    rows = BY_MODEL_TYPE.get(model_type, ())
-    inside = expand("{,model.}{language_model,text_model,llm}.")
-    return any(row.all_plain for row in rows) and name.startswith(inside)
-
-
 def _usual_prefixes(key: str) -> tuple[str, ...]:
     """Where wrappers that take any model put the one configured under `key`."""
     name = key.removesuffix("_config")

@@ -43,7 +43,13 @@ NORM = "model.layers.0.input_layernorm.weight"
         ("pi05", NORM, "unknown"),
         ("gemma_fold", NORM, "unknown"),
         ("llava", "language_model.model.norm.weight", "unknown"),
-        ("llava", "multi_modal_projector.norm.weight", "plain"),
+        ("llava", "model.layers.0.input_layernorm.weight", "unknown"),
+        ("llava", "model.norm.weight", "unknown"),
+        ("llava", "multi_modal_projector.linear_1.weight", "not_a_norm"),
+        ("rag", "generator.model.norm.weight", "unknown"),
+        ("encoder-decoder", "decoder.model.norm.weight", "unknown"),
+        ("internvl_chat", "language_model.model.norm.weight", "unknown"),
+        ("qwen2_vl", "model.language_model.norm.weight", "plain"),
     ],
 )
 def test_lookup(model_type: str, name: str, kind: str) -> None:
@@ -65,6 +71,22 @@ def test_a_model_inside_a_wrapper_is_decided_by_the_config() -> None:
     for inside, kind in (("gemma2", "zero_centred"), ("llama", "plain"), ("new", "unknown")):
         config = {"model_type": "llava", "text_config": {"model_type": inside}}
         assert lookup("llava", name, config).kind == kind
+    config = {"model_type": "llava", "text_config": {"model_type": "gemma2"}}
+    assert lookup("llava", "multi_modal_projector.norm.weight", config).kind == "plain"
+
+
+@pytest.mark.parametrize("name", ["", "{", "{a,b}", "\0", "norm\n", "norm" * 100_000, "../norm"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "llama", "llava", "", "{a,b}", "\0"])
+def test_no_name_is_too_strange(model_type: str, name: str) -> None:
+    assert lookup(model_type, name).fold is None
+
+
+def test_a_config_that_is_no_config_is_unknown() -> None:
+    nested: dict[str, Any] = {}
+    for _ in range(1000):
+        nested = {"model_type": "llava", "text_config": nested}
+    for config in (nested, {"num_hidden_layers": "two"}, {"gemma_fold": {}}):
+        assert lookup(config.get("model_type", "gemma3_text"), NORM, config).kind == "unknown"
 
 
 def test_a_condition_says_what_the_config_decides() -> None:
@@ -103,6 +125,7 @@ def test_the_export_has_every_row_and_every_name() -> None:
         assert names == [n for line in (*row.norms, *row.plain) for n in expand(line.names)]
         assert (family.kind == "refused") is bool(row.refuse)
         assert (family.kind == "plain") is row.all_plain
+    assert {"llava", "mistral3", "rag", "ultravox"} <= set(found.wrappers)
     assert [each.name for each in found.classes] == [each.name for each in CLASSES]
 
 
@@ -168,6 +191,12 @@ def test_the_command_prints_one_family() -> None:
     assert "vLLM 0.32 models/plamo3.py" in done.stdout
 
 
+def test_the_command_says_where_a_wrapper_is_decided() -> None:
+    assert "its own model_type" in run("llava").stdout
+    assert "its own model_type" not in run("llama").stdout
+    assert json.loads(run("llava", "--json").stdout)["wrappers"] == ["llava"]
+
+
 def test_the_command_prints_all() -> None:
     lines = run().stdout.splitlines()
     assert lines[0].split() == ["MODEL", "TYPES", "NORMS", "ZERO-CENTRED", "IF", "EVIDENCE"]
@@ -183,11 +212,18 @@ def test_the_command_prints_json() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("gema3", "did you mean gemma3"), ("Gemma3", "did you mean"), ("zzzzz\nz", "lists them all")],
+    [
+        ("gema3", "did you mean gemma3"),
+        ("Gemma3", "did you mean"),
+        ("zzzzz\nz", "lists them all"),
+        ("gemma_fold", "base_config"),
+        ("z" * 10_000, "z...'; gemma-fold rules lists them all"),
+    ],
 )
 def test_an_unknown_model_type_is_one_line(name: str, hint: str) -> None:
     done = run(name)
     assert done.returncode == 3
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
+    assert len(done.stderr) < 200
     assert hint in done.stderr

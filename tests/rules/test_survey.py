@@ -126,7 +126,14 @@ PACKAGE = {
     "models/plain.py": "from pkg.layers import Plain\nnorm = Plain()\n",
     "models/unused.py": "import os\n",
     "models/broken.py": "def (\n",
-    "configs.py": "class C:\n    model_type = 'new_type'\n",
+    "configs.py": """
+        class C:
+            model_type = 'new_type'
+        class W:
+            model_type = 'wrapper'
+            def __init__(self, text_config):
+                self.text_config = text_config
+    """,
 }
 
 
@@ -151,7 +158,11 @@ def test_the_reading_follows_names_to_what_adds(package: survey_source.Source) -
 
 
 def test_the_reading_finds_model_types(package: survey_source.Source) -> None:
-    assert survey_source.model_types(package, ["configs"]) == {"new_type": "configs.py:2"}
+    assert survey_source.model_types(package, ["configs"]) == {
+        "new_type": "configs.py:3",
+        "wrapper": "configs.py:5",
+    }
+    assert survey_source.wrappers(package, ["configs"]) == {"wrapper"}
 
 
 # --- the tables ----------------------------------------------------------------------------------
@@ -166,7 +177,16 @@ def test_every_engine_file_with_a_zero_centred_norm_has_a_row(
     assert bool(entry["rows"]) is not bool(entry.get("why"))
 
 
-@pytest.mark.parametrize("name", ["EXECUTED", "READ", "EXECUTED_5_24"])
+def test_new_wrappers_are_added_and_none_is_taken_away() -> None:
+    text = survey.PLAIN.read_text()
+    known = survey.block(text, "WRAPPERS")
+    assert set(known) <= survey.plain_rows()
+    changed, problems = survey.wrappers(text, {"llava", "zamba"})
+    assert problems == ["WRAPPERS of plain.py lacks zamba"]
+    assert survey.block(changed, "WRAPPERS") == sorted([*known, "zamba"])
+
+
+@pytest.mark.parametrize("name", ["EXECUTED", "READ", "EXECUTED_5_24", "WRAPPERS"])
 def test_lists_are_written_as_they_are_read(name: str) -> None:
     text = survey.PLAIN.read_text()
     words = survey.block(text, name)

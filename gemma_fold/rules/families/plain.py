@@ -14,6 +14,8 @@ of its configs but those with a row of their own:
 
 Those of 5.24 are what it has beyond 5.23. ENGINES lists configs that vLLM or SGLang bring along,
 of models that none of the files that add to a weight, as the same search finds them, belongs to.
+
+WRAPPERS are those of all lists whose config has, or may have, the config of another model inside.
 """
 
 from __future__ import annotations
@@ -158,6 +160,33 @@ multi_modality nanbeige nemotron_h_puzzle nvila nvila_lite openvla ops_colqwen3 
 perception_encoder pixel_shuffle_siglip2 pointsv1.5_chat qwen3_asr_audio_encoder qwen3_asr_text
 qwen3_asr_thinker qwen3_moe_vit qwen3_vl_nemotron_embed siglip_visual_tokenizer spark2_5 step3_text
 step3_vision_encoder step3_vl ultravox unlimited-ocr unlimited_language vision
+"""
+
+WRAPPERS = """
+NemotronH_Nano_VL_V2 apertus1p5 aria audioflamingo3 aya_vision bagel bailing_moe_v3_vl
+bailingmm_moe_v2_lite bark blip-2 canary chmv2 cohere2_vision cohere_asr colmodernvbert colqwen2
+conditional_detr cosmos3_omni csm d_fine dab-detr deepseek-ocr deepseek_vl deepseek_vl_hybrid
+deepseek_vl_v2 deformable_detr deimv2 depth_anything depth_pro detr diffusion_gemma dots_vlm dpt
+edgetam edgetam_video edgetam_vision_model embedding_gemma2 encoder-decoder esmfold2 exaone4_5
+fast_vlm florence2 fun_asr_nano funaudiochat fuyu gemma4_assistant gemma4_unified_assistant glm46v
+glmasr glmga got_ocr2 granite4_vision granite_speech granite_speech_plus grounding-dino
+higgs_audio_v2_tokenizer hyperclovax_vision_v2 idefics2 idefics3 inkling2_loop instructblip
+instructblipvideo internvl internvl_chat isaac janus jet_vlm kimi_k25 kimi_k3 kimi_vl
+kyutai_speech_to_text lfm2_vl lfm3_vl lightglue lighton_ocr llava llava_next llava_next_video
+llava_onevision locateanything lw_detr mask2former maskformer midashenglm mistral3 mistral_large4
+mm-grounding-dino modernvbert moondream3 moshi moss_transcribe_diarize multi_modality musicflamingo
+musicgen musicgen_melody nemo_speechlm nemotron3_5_asr nemotron3_5_transcribe_audio nemotron_h_omni
+neucodec nougat nvila nvila_lite omdet-turbo omniasr omniasr_ctc oneformer openvla ovis ovis2
+pe_audio pe_audio_encoder pe_audio_video pe_audio_video_encoder pe_video perception_lm
+pointsv1.5_chat pp_chart2table pp_doclayout_v2 pp_doclayout_v3 pp_doclayout_v4 pp_ocrv5_mobile_det
+pp_ocrv5_mobile_rec pp_ocrv5_server_det pp_ocrv5_server_rec pp_ocrv6_medium_det pp_ocrv6_small_det
+pp_ocrv6_small_rec pp_ocrv6_tiny_rec prompt_depth_anything qianfan_ocr qwen2_audio qwen3_asr
+qwen3_asr_thinker rag rf_detr rt_detr rt_detr_v2 sam2 sam2_video sam2_vision_model sam3
+sam3_lite_text sam3_tracker sam3_tracker_video sam3_video sam3_vision_model slanet smolvlm
+speech-encoder-decoder step3_vl superglue table-transformer tipsv2_dpt tvp ultravbert ultravox
+unlimited-ocr upernet uvdoc vibevoice vibevoice_asr video_llama_3 video_llava vipllava
+vision-encoder-decoder vision-text-dual-encoder vitmatte vitpose voxtral voxtral_realtime xcodec
+xcodec2 zoedepth
 """
 
 
