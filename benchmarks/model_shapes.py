@@ -1,7 +1,9 @@
-"""Configs of the models that benchmarks/vllm.py times; their weights are random."""
+"""Configs of the models that the benchmarks of engines time; their weights are random."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 _COMMON: dict[str, Any] = {
@@ -17,19 +19,25 @@ _COMMON: dict[str, Any] = {
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
+_GEMMA_27B: dict[str, Any] = {
+    **_COMMON,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
+
+
 def _gemma3_27b(layers: int = 62) -> dict[str, Any]:
     return {
-        **_COMMON,
+        **_GEMMA_27B,
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
         "vocab_size": 262208,
         "hidden_size": 5376,
         "intermediate_size": 21504,
         "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 16,
-        "head_dim": 128,
-        "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": 131072,
         "query_pre_attn_scalar": 168,
         "sliding_window": 1024,
@@ -38,23 +46,18 @@ def _gemma3_27b(layers: int = 62) -> dict[str, Any]:
             "sliding_attention": _ROPE,
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         },
-        "tie_word_embeddings": True,
     }
 
 
 def _gemma2_27b(layers: int = 46) -> dict[str, Any]:
     return {
-        **_COMMON,
+        **_GEMMA_27B,
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
         "vocab_size": 256000,
         "hidden_size": 4608,
         "intermediate_size": 36864,
         "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 16,
-        "head_dim": 128,
-        "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": 8192,
         "query_pre_attn_scalar": 144,
         "sliding_window": 4096,
@@ -62,7 +65,6 @@ def _gemma2_27b(layers: int = 46) -> dict[str, Any]:
         "rope_parameters": _ROPE,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
-        "tie_word_embeddings": True,
     }
 
 
@@ -141,3 +143,11 @@ def config(name: str, layers: int | None, *, small: bool) -> dict[str, Any]:
         if "mrope_section" in text["rope_parameters"]:
             text["head_dim"] = 256  # what the sections add up to
     return shape
+
+
+def write(config: dict[str, Any], work: Path) -> Path:
+    """A folder in `work` with this `config.json`, for an engine that makes the weights up."""
+    folder = work / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

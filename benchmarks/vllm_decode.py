@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Times vLLM's decoding, as it comes against gemma-fold's native mode, in one alternating run.
 
-    python benchmarks/vllm.py --tp 2 --model-shape gemma3-27b --result benchmarks/results/NAME.json
-    python benchmarks/vllm.py --profile --tp 2          # where a decode step's time goes
-    python benchmarks/vllm.py --rehearse                # on a CPU, two small layers
+    python -m benchmarks.vllm_decode --tp 2 --model-shape gemma3-27b --result NAME.json
+    python -m benchmarks.vllm_decode --tp 2 --profile     # where a decode step's time goes
+    python -m benchmarks.vllm_decode --rehearse           # on a CPU, two small layers
 
 Two engines live side by side, each in processes of its own, with the same options and random
 weights, and take turns: in every repeat, at every concurrency, one after the other. Stock is vLLM
@@ -19,7 +18,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -27,30 +25,24 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import entry_points
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this folder holds a vllm.py
+from benchmarks import engines, model_shapes, run
+from benchmarks.result import OURS, STOCK, Row
 
-from benchmarks import vllm_shapes  # noqa: E402
-from benchmarks.run_meta import engine_meta  # noqa: E402
-
-ROOT = Path(sys.path[0])
-ENGINE = ROOT / "benchmarks" / "vllm_engine.py"
-STOCK, OURS = "stock", "gemma_fold"
-
-# NVLink multicast stays off: FlashInfer's "mnnvl" backend, vLLM's default, needs it; "trtllm" does
-# not.
+#: Run by its path: what stock imports must not come from this repository.
+ENGINE = Path(__file__).with_name("vllm_engine.py")
+PLUGIN = engines.Plugin(
+    "vllm.general_plugins", "gemma_fold.engines.vllm:register", hidden={"VLLM_PLUGINS": ""}
+)
+# FlashInfer's "mnnvl" all-reduce, vLLM's default, needs NVLink multicast; "trtllm" does not.
 ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "NCCL_NVLS_ENABLE": "0",
+    **engines.ENVIRONMENT,
     "NVSHMEM_DISABLE_NVLS": "1",
-    "PYTHONUNBUFFERED": "1",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB: two engines rehearse on one machine
     "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_DEEP_GEMM": "0",
@@ -58,21 +50,38 @@ ENVIRONMENT = {
     "VLLM_USE_NCCL_SYMM_MEM": "0",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
+#: GiB: two engines rehearse on one machine.
+ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+MEASURES = {
+    "ms_per_token": "milliseconds between two outputs that hold a token of every sequence",
+    "ms_per_token_p10": "the same",
+    "ms_per_token_p90": "the same",
+    "ms_per_token_repeats": "the same, in each repeat",
+    "tokens_per_s": "tokens a second of the whole batch, with its prefill",
+    "steps": "how many such times there are",
+}
+PROFILED = {
+    "us": "microseconds of the kernel in one decode step",
+    "launches": "of the kernel in one decode step",
+}
 
 
 class Child:
     """An engine process and the two pipes to it."""
 
-    def __init__(self, impl: str, options: dict[str, Any], work: Path) -> None:
+    def __init__(
+        self, impl: str, options: dict[str, Any], given: dict[str, str], work: Path
+    ) -> None:
         self.impl = impl
         self._log = work / f"{impl}.log"
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
-        arguments = [str(theirs_in), str(theirs_out), json.dumps(options)]
+        sent = {"engine": options, "traces": str(_traces(impl, work))}
+        arguments = [str(theirs_in), str(theirs_out), json.dumps(sent)]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(ENGINE), *arguments],
-                env=_environment(impl, work),
+                env=engines.environment(impl, PLUGIN, given, work),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -87,9 +96,8 @@ class Child:
     def read(self) -> dict[str, Any]:
         line = self._answers.readline()
         if not line:
-            tail = "".join(self._log.open().readlines()[-60:])
-            raise SystemExit(f"{tail}\nthe {self.impl} engine ended; its log ends above")
-        return json.loads(line)  # type: ignore[no-any-return]
+            raise SystemExit(engines.ended(self.impl, self._log))
+        return json.loads(line)
 
     def ask(self, **command: Any) -> dict[str, Any]:
         self._commands.write(json.dumps(command) + "\n")
@@ -103,45 +111,20 @@ class Child:
         with suppress(OSError, subprocess.TimeoutExpired):
             self._commands.write('{"do": "exit"}\n')
             self._process.wait(30)
-        with suppress(ProcessLookupError):  # the engine's own processes too
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        engines.stop(self._process)
 
 
-def _environment(impl: str, work: Path) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GEMMA_FOLD")}
-    env |= ENVIRONMENT
-    if impl == STOCK:
-        return {**env, "VLLM_PLUGINS": ""}
-    env |= {k: v for k, v in os.environ.items() if k.startswith("GEMMA_FOLD_")}
-    env["GEMMA_FOLD"] = "native"
-    paths = [str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
-    if not any(e.name == "gemma_fold" for e in entry_points(group="vllm.general_plugins")):
-        paths.insert(0, str(_entry_point(work)))
-    return {**env, "PYTHONPATH": os.pathsep.join(paths)}
+def _traces(impl: str, work: Path) -> Path:
+    return work / f"traces-{impl}"
 
 
-def _entry_point(work: Path) -> Path:
-    """Where gemma-fold is not installed: the metadata by which vLLM finds its plug-in."""
-    folder = work / "site"
-    info = folder / "gemma_fold-0.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gemma-fold\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\ngemma_fold = gemma_fold.engines.vllm:register\n"
-    )
-    return folder
-
-
-def engine_options(args: argparse.Namespace, impl: str, work: Path) -> dict[str, Any]:
-    model, traces = work / "model", work / f"traces-{impl}"
-    model.mkdir(exist_ok=True)
-    config = vllm_shapes.config(args.model_shape, args.layers, small=args.rehearse)
-    (model / "config.json").write_text(json.dumps(config))
+def engine_options(
+    args: argparse.Namespace, config: dict[str, Any], impl: str, work: Path
+) -> dict[str, Any]:
+    """For `vllm.LLM`, beside the model's folder."""
     most = max(args.concurrency)
     sizes = [n for n in (1, 2, 4, 8, 16, 24, 32, 64, 128, 256) if n <= most]
     engine: dict[str, Any] = {
-        "model": str(model),
         "load_format": "dummy",
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
@@ -152,9 +135,10 @@ def engine_options(args: argparse.Namespace, impl: str, work: Path) -> dict[str,
         "max_num_batched_tokens": 2048,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
-        "enforce_eager": args.eager,
         "compilation_config": {"cudagraph_capture_sizes": sorted({*sizes, most})},
     }
+    if args.eager:
+        engine["enforce_eager"] = True
     if not args.rehearse:
         engine["gpu_memory_utilization"] = args.memory
         # Two engines that start at once would each count the other's memory as their own.
@@ -169,13 +153,18 @@ def engine_options(args: argparse.Namespace, impl: str, work: Path) -> dict[str,
     if args.profile:
         engine["profiler_config"] = {
             "profiler": "torch",
-            "torch_profiler_dir": str(traces),
+            "torch_profiler_dir": str(_traces(impl, work)),
             "torch_profiler_with_stack": False,
         }
-    return {"engine": engine, "traces": str(traces)}
+    return engine
 
 
-def measure(children: list[Child], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def case(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """What a row of a result is about, with `more` that tells it from others."""
+    return {"model": args.model_shape, "layers": args.layers, "eager": args.eager, **more}
+
+
+def measure(children: list[Child], args: argparse.Namespace) -> Iterator[Row]:
     """One row for each concurrency and engine."""
     found: dict[tuple[int, int, int, str], list[dict[str, Any]]] = {}
     for prompt, new in args.lengths:
@@ -193,24 +182,22 @@ def measure(children: list[Child], args: argparse.Namespace) -> Iterator[dict[st
     for (prompt, new, n, impl), runs in found.items():
         gaps = [1e3 * gap for one in runs for gap in one["gaps"]]
         cuts = statistics.quantiles(gaps, n=10)
-        yield {
-            "model": args.model_shape,
-            "tp": args.tp,
-            "concurrency": n,
-            "input": prompt,
-            "output": new,
-            "impl": impl,
-            "tpot_ms": round(statistics.median(gaps), 4),
-            "tokens_per_s": round(
-                sum(r["tokens"] for r in runs) / sum(r["seconds"] for r in runs), 1
-            ),
-            "p10_ms": round(cuts[0], 4),
-            "p90_ms": round(cuts[-1], 4),
-            "steps": len(gaps),
-            "eager": args.eager,
-            "layers": args.layers,
-            "repeats_ms": [round(1e3 * statistics.median(r["gaps"]), 4) for r in runs],
-        }
+        yield Row(
+            case(args, input=prompt, output=new, concurrency=n),
+            impl,
+            {
+                "ms_per_token": round(statistics.median(gaps), 4),
+                "ms_per_token_p10": round(cuts[0], 4),
+                "ms_per_token_p90": round(cuts[-1], 4),
+                "ms_per_token_repeats": [
+                    round(1e3 * statistics.median(r["gaps"]), 4) for r in runs
+                ],
+                "tokens_per_s": round(
+                    sum(r["tokens"] for r in runs) / sum(r["seconds"] for r in runs), 1
+                ),
+                "steps": len(gaps),
+            },
+        )
 
 
 def turns(repeats: int, new: int) -> int:
@@ -223,26 +210,26 @@ def length(text: str) -> tuple[int, int]:
     return int(prompt), int(new)
 
 
-def profile(children: list[Child], args: argparse.Namespace) -> dict[str, Any]:
+def profile(children: list[Child], args: argparse.Namespace) -> Iterator[Row]:
     """Kernels of one decode step at the smallest concurrency, by engine."""
     n, layers = min(args.concurrency), args.layers
-    tables = {}
     for child in children:
-        answer = child.ask(do="profile", concurrency=n, input=32, output=64, seed=1)
-        tables[child.impl] = answer["kernels"]
-        total = sum(us for _, us in answer["kernels"].values())
+        kernels = child.ask(do="profile", concurrency=n, input=32, output=64, seed=1)["kernels"]
+        total = sum(us for _, us in kernels.values())
         per_layer = f", {total / layers:.1f} a layer" if layers else ""
         print(f"\n{child.impl}: {total:.0f} us in the kernels of a step{per_layer}")
-        for name, (launches, us) in list(answer["kernels"].items())[:30]:
+        for name, (launches, us) in list(kernels.items())[:30]:
             print(f"{us:10.1f} us {launches:7.1f} x  {name[:110]}")
-    return {"concurrency": n, "kernels": tables}
+        for name, (launches, us) in kernels.items():
+            at = case(args, concurrency=n, kernel=name)
+            yield Row(at, child.impl, {"us": us, "launches": launches})
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model-shape", choices=vllm_shapes.NAMES, default="gemma3-27b")
+    parser.add_argument("--model-shape", choices=model_shapes.NAMES, default="gemma3-27b")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--layers", type=int, help="a shorter model")
     parser.add_argument(
@@ -256,9 +243,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=0.42, help="of each engine, of a GPU")
     parser.add_argument("--kv-cache-gib", type=float, default=8.0, help="of each engine, on a GPU")
     parser.add_argument("--profile", action="store_true", help="also profile one decode step")
-    parser.add_argument("--result", type=Path, help="where to write the rows as JSON")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs in this folder")
     parser.add_argument("--rehearse", action="store_true", help="small layers, on a CPU")
+    run.add_options(parser, required=False)
     args = parser.parse_args()
     if args.rehearse:
         args.layers = args.layers or 2
@@ -271,20 +258,34 @@ def main() -> None:
     children: list[Child] = []
     try:
         start = time.perf_counter()
-        for impl in (STOCK, OURS):
-            children.append(Child(impl, engine_options(args, impl, work), work))
+        config = model_shapes.config(args.model_shape, args.layers, small=args.rehearse)
+        model = model_shapes.write(config, work)
+        options = {impl: engine_options(args, config, impl, work) for impl in (STOCK, OURS)}
+        given = ENVIRONMENT | (ON_CPU if args.rehearse else {})
+        for impl, own in options.items():
+            children.append(Child(impl, {"model": str(model), **own}, given, work))
         about = {child.impl: child.read() for child in children}
         for child in children:
             print(f"{child.impl}: {about[child.impl]}", *child.native_lines(), sep="\n  ")
         print(f"both engines up after {time.perf_counter() - start:.0f} s", flush=True)
-        meta = {**engine_meta("vllm", args.tp), "engines": about}
-        result: dict[str, Any] = {"meta": meta, "rows": list(measure(children, args))}
-        for row in result["rows"]:
-            print(json.dumps(row))
+        for own in options.values():
+            own.pop("profiler_config", None)  # off while anything is timed
+        write = partial(
+            run.write,
+            args,
+            machine=run.gpus(args.tp),
+            versions=run.versions("torch", "triton", "vllm", "flashinfer"),
+            settings=engines.settings(PLUGIN, given, options, about),
+        )
+        rows = list(measure(children, args))
+        print(*rows, sep="\n")
+        if args.out:
+            write("vllm", measures=MEASURES, rows=rows)
         if args.profile:
-            result["profile"] = profile(children, args)
-        if args.result:
-            args.result.write_text(json.dumps(result, indent=1) + "\n")
+            kernels = list(profile(children, args))
+            if args.out:
+                out = args.out.with_stem(f"{args.out.stem}_profile")
+                write("vllm_profile", measures=PROFILED, rows=kernels, out=out)
     finally:
         for child in children:
             child.stop()

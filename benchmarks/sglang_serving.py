@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Times SGLang's serving, as it comes against gemma-fold's native mode, in one alternating run.
 
-    python benchmarks/sglang.py --tp 2 --model-shape gemma3-27b --result NAME.json
-    python benchmarks/sglang.py --model FOLDER             # real weights instead of random ones
-    python benchmarks/sglang.py --rehearse                 # on a CPU, two small layers
+    python -m benchmarks.sglang_serving --tp 2 --model-shape gemma3-27b --result NAME.json
+    python -m benchmarks.sglang_serving --model FOLDER      # real weights instead of random ones
+    python -m benchmarks.sglang_serving --rehearse          # on a CPU, two small layers
 
 Two servers live side by side on the same GPUs, with the same options, and take turns: in every
 repeat, at every concurrency, one after the other; the other one is idle. Stock is SGLang without
@@ -15,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -28,23 +25,15 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this folder holds an sglang.py
+from benchmarks import engines, model_shapes, run, sglang_load
+from benchmarks.result import OURS, STOCK, Row
 
-from benchmarks import sglang_load, vllm_shapes  # noqa: E402
-from benchmarks.run_meta import engine_meta  # noqa: E402
-
-ROOT = Path(sys.path[0])
-STOCK, OURS = "stock", "gemma_fold"
-METRICS = ("output_tokens_per_s", "per_token_ms", "gap_p99_ms", "first_token_ms")
-# NVLink multicast stays off: FlashInfer's "mnnvl" all-reduce needs it; "trtllm" does not.
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "NCCL_NVLS_ENABLE": "0",
-    "PYTHONUNBUFFERED": "1",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-}
+PLUGIN = engines.Plugin(
+    "sglang.srt.plugins",
+    "gemma_fold.engines.sglang:register",
+    hidden={"SGLANG_PLUGINS": "none"},
+)
 ON_CPU = (
     "--device=cpu",
     "--disable-cuda-graph",
@@ -66,7 +55,7 @@ class Server:
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [*command, f"--port={port}", *options],
-                env=environment(impl, work),
+                env=engines.environment(impl, PLUGIN, engines.ENVIRONMENT, work),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -75,33 +64,14 @@ class Server:
     def wait(self) -> None:
         while True:
             if self._process.poll() is not None:
-                raise SystemExit(f"{self.log()}\nthe {self.impl} server ended; its log ends above")
+                raise SystemExit(engines.ended(self.impl, self._log))
             with suppress(OSError):
                 urllib.request.urlopen(self.url + "/health", timeout=5).close()
                 return
             time.sleep(1)
 
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")[-6000:]
-
     def stop(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-def environment(impl: str, work: Path) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GEMMA_FOLD")} | ENVIRONMENT
-    if impl == STOCK:
-        return {**env, "SGLANG_PLUGINS": "none"}
-    info = work / "site" / "gemma_fold-0.dist-info"
-    info.mkdir(parents=True, exist_ok=True)  # by which SGLang finds it where it is not installed
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gemma-fold\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\ngemma_fold = gemma_fold.engines.sglang:register\n"
-    )
-    paths = [str(info.parent), str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
-    return {**env, "GEMMA_FOLD": "native", "PYTHONPATH": os.pathsep.join(paths)}
+        engines.stop(self._process)
 
 
 def server_options(args: argparse.Namespace, memory: float) -> list[str]:
@@ -120,12 +90,18 @@ def server_options(args: argparse.Namespace, memory: float) -> list[str]:
     return options + args.server_option
 
 
-def rounds(servers: list[Server], args: argparse.Namespace, vocab: int) -> Iterator[dict[str, Any]]:
+def named(options: list[str]) -> dict[str, str | bool]:
+    """Options of a command line by their names; True for those that take no value."""
+    pairs = (option.partition("=") for option in options)
+    return {name: value if given else True for name, given, value in pairs}
+
+
+def rounds(servers: list[Server], args: argparse.Namespace, vocab: int) -> Iterator[Row]:
     """What each server did in each repeat; the first, which compiles and warms up, is left out."""
     for repeat in range(-1, args.repeats):
         for concurrency in args.concurrency:
             for server in servers if repeat % 2 else servers[::-1]:
-                row = sglang_load.measure(
+                values = sglang_load.measure(
                     server.url,
                     concurrency=concurrency,
                     requests=concurrency if repeat < 0 else concurrency * args.waves,
@@ -135,26 +111,30 @@ def rounds(servers: list[Server], args: argparse.Namespace, vocab: int) -> Itera
                     seed=1000 * repeat + concurrency,
                 )
                 if repeat >= 0:
-                    yield {"impl": server.impl, "repeat": repeat, **row}
+                    case = {
+                        "model": args.model.name if args.model else args.model_shape,
+                        "layers": args.layers,
+                        "input": args.input,
+                        "output": args.output,
+                        "concurrency": concurrency,
+                        "repeat": repeat,
+                    }
+                    yield Row(case, server.impl, values)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Medians over the repeats, before and after, as Markdown."""
-    lines = ["| concurrency | | stock | gemma-fold | ratio |", "|---|---|---|---|---|"]
-    for concurrency in sorted({row["concurrency"] for row in rows}):
-        for metric in METRICS:
-            before, after = (
+def summary(rows: list[Row]) -> Iterator[str]:
+    """Medians over the repeats, stock and ours."""
+    for concurrency in sorted({row.case["concurrency"] for row in rows}):
+        for measure, what in sglang_load.MEASURES.items():
+            stock, ours = (
                 statistics.median(
-                    row[metric]
+                    row.values[measure]
                     for row in rows
-                    if row["impl"] == impl and row["concurrency"] == concurrency
+                    if (row.impl, row.case["concurrency"]) == (impl, concurrency)
                 )
                 for impl in (STOCK, OURS)
             )
-            lines.append(
-                f"| {concurrency} | {metric} | {before:.2f} | {after:.2f} | {after / before:.3f} |"
-            )
-    return "\n".join(lines)
+            yield f"{concurrency} at once, {what}: {stock:.2f} against {ours:.2f}"
 
 
 def arguments() -> argparse.Namespace:
@@ -162,7 +142,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, help="an original checkpoint, instead of a shape")
-    parser.add_argument("--model-shape", default="gemma3-27b", choices=vllm_shapes.NAMES)
+    parser.add_argument("--model-shape", default="gemma3-27b", choices=model_shapes.NAMES)
     parser.add_argument("--layers", type=int, help="keep only so many layers of the shape")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--input", type=int, default=1024)
@@ -173,7 +153,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=0.42, help="of a GPU, for each server")
     parser.add_argument("--server-option", action="append", default=[], help="for both servers")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, small, a few tokens")
-    parser.add_argument("--result", type=Path)
+    run.add_options(parser, required=False)
     args = parser.parse_args()
     if args.rehearse:
         args.input, args.output, args.concurrency, args.repeats = 8, 6, [2], 1
@@ -185,24 +165,34 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="gemma-fold-bench-"))
     servers: list[Server] = []
     try:
-        model = args.model or work / "model"
-        if args.model is None:
-            model.mkdir()
+        model = args.model
+        if model is None:
             layers = 2 if args.rehearse else args.layers
-            config = vllm_shapes.config(args.model_shape, layers, small=args.rehearse)
+            config = model_shapes.config(args.model_shape, layers, small=args.rehearse)
             config["hidden_act"] = config.get("hidden_activation", config.get("hidden_act"))
-            (model / "config.json").write_text(json.dumps(config))
+            model = model_shapes.write(config, work)
         config = json.loads((model / "config.json").read_text())
         vocab = config.get("text_config", config)["vocab_size"]
         # One after the other: SGLang takes a share of the memory that it finds free.
-        for impl, share in ((STOCK, args.memory), (OURS, args.memory / (1 - args.memory))):
-            servers.append(Server(impl, model, server_options(args, share), work))
+        shares = {STOCK: args.memory, OURS: args.memory / (1 - args.memory)}
+        options = {impl: server_options(args, share) for impl, share in shares.items()}
+        for impl, own in options.items():
+            servers.append(Server(impl, model, own, work))
             servers[-1].wait()
         rows = list(rounds(servers, args, vocab))
-        print(table(rows))
-        if args.result:
-            result = {"meta": engine_meta("sglang", args.tp), "rows": rows}
-            args.result.write_text(json.dumps(result, indent=1) + "\n")
+        print(*summary(rows), sep="\n")
+        if args.out:
+            run.write(
+                args,
+                "sglang",
+                machine=run.gpus(args.tp),
+                versions=run.versions("torch", "triton", "sglang", "flashinfer"),
+                settings=engines.settings(
+                    PLUGIN, engines.ENVIRONMENT, {i: named(o) for i, o in options.items()}
+                ),
+                measures={**sglang_load.MEASURES, "requests": "requests in all"},
+                rows=rows,
+            )
     finally:
         for server in servers:
             server.stop()
