@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Mapping
-from contextlib import suppress
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -87,6 +89,20 @@ def ended(impl: str, log: Path) -> str:
     """Why a benchmark stops with its engine."""
     last = log.read_text(errors="replace")[-6000:]
     return f"{last}\nthe {impl} engine ended; its log ends above"
+
+
+@contextmanager
+def workplace() -> Iterator[tuple[Path, ExitStack]]:
+    """A folder that goes with the run, and what happens at its end, last things first.
+
+    SIGTERM ends the run as Ctrl-C does, so that no engine is left behind.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with (
+        tempfile.TemporaryDirectory(prefix="gemma-fold-bench-", ignore_cleanup_errors=True) as name,
+        ExitStack() as at_end,
+    ):
+        yield Path(name), at_end
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

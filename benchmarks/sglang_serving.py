@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -162,9 +160,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    work = Path(tempfile.mkdtemp(prefix="gemma-fold-bench-"))
-    servers: list[Server] = []
-    try:
+    with engines.workplace() as (work, at_end):
+        servers: list[Server] = []
         model = args.model
         if model is None:
             layers = 2 if args.rehearse else args.layers
@@ -178,6 +175,7 @@ def main() -> None:
         options = {impl: server_options(args, share) for impl, share in shares.items()}
         for impl, own in options.items():
             servers.append(Server(impl, model, own, work))
+            at_end.callback(servers[-1].stop)
             servers[-1].wait()
         rows = list(rounds(servers, args, vocab))
         print(*summary(rows), sep="\n")
@@ -193,10 +191,6 @@ def main() -> None:
                 measures={**sglang_load.MEASURES, "requests": "requests in all"},
                 rows=rows,
             )
-    finally:
-        for server in servers:
-            server.stop()
-        shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -60,6 +59,8 @@ MEASURES = {
     "tokens_per_s": "tokens a second of the whole batch, with its prefill",
     "steps": "how many such times there are",
 }
+#: Input and output of a profiled run, in tokens.
+PROFILED_LENGTH = (32, 64)
 PROFILED = {
     "us": "microseconds of the kernel in one decode step",
     "launches": "of the kernel in one decode step",
@@ -130,7 +131,7 @@ def engine_options(
         "dtype": "bfloat16",
         "seed": 0,
         "tensor_parallel_size": args.tp,
-        "max_model_len": max(map(sum, args.lengths)) + 16,
+        "max_model_len": max(map(sum, [*args.lengths, PROFILED_LENGTH])) + 16,
         "max_num_seqs": most,
         "max_num_batched_tokens": 2048,
         "enable_prefix_caching": False,
@@ -212,9 +213,11 @@ def length(text: str) -> tuple[int, int]:
 
 def profile(children: list[Child], args: argparse.Namespace) -> Iterator[Row]:
     """Kernels of one decode step at the smallest concurrency, by engine."""
-    n, layers = min(args.concurrency), args.layers
+    n, layers, (prompt, new) = min(args.concurrency), args.layers, PROFILED_LENGTH
     for child in children:
-        kernels = child.ask(do="profile", concurrency=n, input=32, output=64, seed=1)["kernels"]
+        kernels = child.ask(do="profile", concurrency=n, input=prompt, output=new, seed=1)[
+            "kernels"
+        ]
         total = sum(us for _, us in kernels.values())
         per_layer = f", {total / layers:.1f} a layer" if layers else ""
         print(f"\n{child.impl}: {total:.0f} us in the kernels of a step{per_layer}")
@@ -252,18 +255,26 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def keep_logs(work: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for log in work.glob("*.log"):
+        shutil.copy(log, folder)
+
+
 def main() -> None:
     args = arguments()
-    work = Path(tempfile.mkdtemp(prefix="gemma-fold-bench-"))
-    children: list[Child] = []
-    try:
+    with engines.workplace() as (work, at_end):
+        if args.logs:
+            at_end.callback(keep_logs, work, args.logs)
         start = time.perf_counter()
+        children: list[Child] = []
         config = model_shapes.config(args.model_shape, args.layers, small=args.rehearse)
         model = model_shapes.write(config, work)
         options = {impl: engine_options(args, config, impl, work) for impl in (STOCK, OURS)}
         given = ENVIRONMENT | (ON_CPU if args.rehearse else {})
         for impl, own in options.items():
             children.append(Child(impl, {"model": str(model), **own}, given, work))
+            at_end.callback(children[-1].stop)
         about = {child.impl: child.read() for child in children}
         for child in children:
             print(f"{child.impl}: {about[child.impl]}", *child.native_lines(), sep="\n  ")
@@ -283,17 +294,9 @@ def main() -> None:
             write("vllm", measures=MEASURES, rows=rows)
         if args.profile:
             kernels = list(profile(children, args))
-            if args.out:
+            if args.out and kernels:  # a CPU runs none
                 out = args.out.with_stem(f"{args.out.stem}_profile")
                 write("vllm_profile", measures=PROFILED, rows=kernels, out=out)
-    finally:
-        for child in children:
-            child.stop()
-        if args.logs:
-            args.logs.mkdir(parents=True, exist_ok=True)
-            for log in work.glob("*.log"):
-                shutil.copy(log, args.logs)
-        shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":

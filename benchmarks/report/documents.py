@@ -65,7 +65,7 @@ TABLES: dict[str, Block] = {
     "vllm_diff": measurements.vllm_diff,
 }
 BLOCKS = {**TRANSCRIPTS, **TABLES}
-_BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)\n(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)\n?(<!-- end -->)", re.DOTALL)
 
 
 def found(document: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ KINDS = {
     "attention and its cache": ("flash", "reshape_and_cache"),
 }
 REST = "norms, activations, rotary embedding and the rest"
+FUSION = "compilation_config.pass_config.fuse_allreduce_rms"
 OPEN = "Every setting that is not the engine's default"
 
 
@@ -43,6 +44,15 @@ def shape(result: Result) -> str:
     return f"{case['model']}{eager}" + (f", {case['layers']} layers" if case["layers"] else "")
 
 
+def fusion(result: Result) -> str:
+    """Whether the engine's own fusion of all-reduce and norm ran, in both modes where it did."""
+    if result.machine.count == 1:
+        return "one GPU"
+    both = result.settings.both
+    off = "--enforce-disable-flashinfer-allreduce-fusion" in both
+    return "off" if off or both.get(FUSION) is False else "on"
+
+
 def headline() -> str:
     """How much less time an output token takes: one line for each run; then the settings."""
     rows = []
@@ -50,8 +60,11 @@ def headline() -> str:
         saved = 100 - 100 * ratios(result)
         engine = f"{result.what} {result.versions[result.what]}"
         percent = f"{saved.min():.1f} to {saved.max():.1f} %"
-        rows.append((engine, shape(result), machine(result), percent))
-    header = ("engine", "shape, random weights", "GPUs", "less time per output token than stock")
+        rows.append((engine, shape(result), machine(result), fusion(result), percent))
+    header = (
+        *("engine", "shape, random weights", "GPUs", "stock's own all-reduce fusion"),
+        "less time per output token than stock",
+    )
     return f"{table(header, rows)}\n\n{folded(OPEN + ', in all of these runs', _all_settings())}"
 
 

@@ -53,7 +53,5 @@ def _given(name: str, value: Any) -> str:
 def not_defaults(result: Result) -> str:
     """Every setting of a comparison of two engines that was not left at its default."""
     found = result.settings
-    return (
-        f"Both sides: {settings(found.both)}. Stock alone: {settings(found.stock)}. "
-        f"Ours alone: {settings(found.ours)}."
-    )
+    sides = {"Both sides": found.both, "Stock alone": found.stock, "Ours alone": found.ours}
+    return " ".join(f"{side}: {settings(given)}." for side, given in sides.items() if given)
