@@ -86,8 +86,8 @@ def test_settings_of_two_engines_are_told_apart() -> None:
     assert engines.settings(
         plugin, {"OFFLINE": "1"}, options, {"stock": {"mode": "3"}}
     ) == Settings(
-        both={"seed": 0, "compile.sizes": [1, 2], "OFFLINE": "1"},
-        stock={"memory": 0.4, "compile.passes.a": True, "PLUGINS": ""},
+        both={"seed": 0, "compilation.sizes": [1, 2], "OFFLINE": "1"},
+        stock={"memory": 0.4, "compilation.passes.a": True, "PLUGINS": ""},
         ours={"memory": 0.8, "GEMMA_FOLD": "native"},
         chosen={"stock.mode": "3"},
     )
