@@ -154,6 +154,7 @@ def arguments() -> argparse.Namespace:
     run.add_options(parser, required=False)
     args = parser.parse_args()
     if args.rehearse:
+        args.layers = args.layers or 2
         args.input, args.output, args.concurrency, args.repeats = 8, 6, [2], 1
     return args
 
@@ -164,8 +165,7 @@ def main() -> None:
         servers: list[Server] = []
         model = args.model
         if model is None:
-            layers = 2 if args.rehearse else args.layers
-            config = model_shapes.config(args.model_shape, layers, small=args.rehearse)
+            config = model_shapes.config(args.model_shape, args.layers, small=args.rehearse)
             config["hidden_act"] = config.get("hidden_activation", config.get("hidden_act"))
             model = model_shapes.write(config, work)
         config = json.loads((model / "config.json").read_text())
