@@ -62,8 +62,10 @@ engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m ## the tests 
 	$(SGLANG)/bin/pytest -m engine --durations=8 tests/engines/test_sglang*.py; sglang=$$?; \
 	exit $$((vllm || sglang))
 
+# Most models here are tiny: threads that wait for each other take longer than one alone.
+test test-library test-fast engines: export OMP_NUM_THREADS ?= 1
+
 # Two lanes of one thread a process, side by side where there are two cores for them.
-test engines: export OMP_NUM_THREADS ?= 1
 test: venv .cache/gemma-3-270m ## every test that this machine can run: test-library and engines
 	@if [ "$$(env -u OMP_NUM_THREADS nproc)" -lt 2 ]; then \
 		$(MAKE) --no-print-directory test-library; library=$$?; \

@@ -27,8 +27,6 @@ from gemma_fold.compare.outputs.top_k import compare_positions
 from gemma_fold.compare.report.verdict import judge
 from gemma_fold.compare.report.writers import text, to_json
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 Edit = Callable[[dict[str, Any]], None]
 
 

@@ -42,8 +42,6 @@ from gemma_fold.errors import (
     UsageError,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

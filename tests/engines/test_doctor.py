@@ -24,8 +24,6 @@ from gemma_fold.errors import (
     UsageError,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 #: A model in the protocol of vLLM and SGLang, written for these tests.
 ENGINE_SOURCE = """
 import a_gpu_library_that_is_not_here
@@ -213,6 +211,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         doctor.diagnose("someone/something-that-is-not-cached")
 
 
+@pytest.mark.slow  # four processes that import torch
 def test_the_command(gemma3: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "gemma_fold", "doctor", *arguments]

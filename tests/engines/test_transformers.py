@@ -30,7 +30,6 @@ from gemma_fold.engines.transformers import layers as sandwich
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import AlreadyFoldedError, CheckpointError, NothingToFoldError, UsageError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 install()
 
 FAMILIES = ("gemma2", "gemma3_text", "qwen3_next")

@@ -17,7 +17,6 @@ from gemma_fold.engines.transformers import install
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import UnsupportedModelError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 install()
 
 IDS = torch.randint(3, 88, (2, 9), generator=torch.Generator().manual_seed(0))
