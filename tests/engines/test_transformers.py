@@ -460,6 +460,7 @@ class TestTraining:
             optimizer.step()
         return model.eval()
 
+    @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_gradients_are_those_of_the_original(self, source: Path, checkpointing: bool) -> None:
         gradients = []
@@ -522,6 +523,7 @@ class TestTraining:
 
 
 class TestSaving:
+    @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
     def test_an_offloaded_model(self, source: Path, folded: Path, tmp_path: Path) -> None:
         device_map = {
             "model.embed_tokens": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu",
@@ -644,6 +646,7 @@ class TestSaving:
         assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft reads it
 class TestAdapters:
     @pytest.fixture
     def adapter(self, source: Path, tmp_path: Path) -> Iterator[Any]:

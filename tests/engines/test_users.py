@@ -127,6 +127,7 @@ class TestFunctionTransforms:
             torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft reads it
 class TestAdaptersWithTrainedNorms:
     @pytest.mark.parametrize("where", ["original", "folded"])
     def test_load_adapter(self, where: str, tmp_path: Path) -> None:
