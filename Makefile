@@ -58,8 +58,9 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 	touch $@
 
 engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m ## the tests that need vLLM or SGLang, each in its environment
-	$(VLLM)/bin/pytest -m engine --durations=8 tests/engines/test_vllm.py; vllm=$$?; \
-	$(SGLANG)/bin/pytest -m engine --durations=8 tests/engines/test_sglang*.py; sglang=$$?; \
+	both="-m engine --durations=8 tests/engines/test_attach_handed.py"; \
+	$(VLLM)/bin/pytest $$both tests/engines/test_vllm.py; vllm=$$?; \
+	$(SGLANG)/bin/pytest $$both tests/engines/test_sglang*.py; sglang=$$?; \
 	exit $$((vllm || sglang))
 
 # Most models here are tiny: threads that wait for each other take longer than one alone.
