@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from gemma_fold.engines import arithmetic
 from gemma_fold.format.arithmetic import decode, unfold
-from gemma_fold.format.manifest import FoldedTensor
+from gemma_fold.format.manifest import FoldedTensor, read_manifest
+from gemma_fold.format.names import MANIFEST
 
 
 def original_weight(gamma: Tensor, folded: FoldedTensor) -> Tensor:
@@ -26,3 +31,16 @@ def original_weight(gamma: Tensor, folded: FoldedTensor) -> Tensor:
     raw = unfold(values, folded.dtype, folded.fold, folded.exceptions)
     stored = torch.from_numpy(decode(raw, folded.dtype)).to(gamma.device)
     return torch.where(arithmetic.fold(stored, offset) == gamma, stored, subtracted)
+
+
+def folded_tensors(name: str, revision: str | None) -> Mapping[str, FoldedTensor]:
+    """By name, what the manifest of a folder or a Hub id says of its folded tensors.
+
+    Raises CheckpointError where it is damaged, and OSError where the Hub does not give it.
+    """
+    folder = name
+    if not os.path.isdir(name):
+        from transformers.utils import cached_file
+
+        folder = os.path.dirname(str(cached_file(name, MANIFEST, revision=revision)))
+    return read_manifest(Path(folder)).tensors

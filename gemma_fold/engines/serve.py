@@ -108,12 +108,17 @@ def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[
         raise UsageError(f"transformers serve: {message()}") from error
 
 
-def _serve_sglang(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
+def check_sglang() -> None:
+    """HostError unless SGLang is installed; UsageError where it will not load the plug-in."""
     if importlib.util.find_spec("sglang") is None:
         raise HostError("SGLang is not installed; install it beside gemma-fold, in one environment")
     plugins = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]
     if any(plugins) and "gemma_fold" not in plugins:
         raise UsageError("SGLANG_PLUGINS leaves out gemma_fold; add it, or unset that variable")
+
+
+def _serve_sglang(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
+    check_sglang()
     command = ["--model-path", str(folder), "--host", host, "--port", str(port), *arguments]
     before, sys.argv = sys.argv, ["sglang.launch_server", *command]
     try:

@@ -85,7 +85,7 @@ def model_classes(family: str) -> tuple[type[Any], ...]:
         c
         for c in classes
         if issubclass(c, transformers.PreTrainedModel)
-        and c.config_class is config_class
+        and getattr(c, "config_class", None) is config_class
         and not c.__name__.endswith("PreTrainedModel")
         and c.__name__ not in HALVES
     )

@@ -60,6 +60,14 @@ def attention_group_size() -> int:
     return int(get_parallel().attn_tp_size)
 
 
+def sum_over_attention(x: Tensor) -> Tensor:
+    """``x`` summed over the ranks that share one attention, by SGLang."""
+    from sglang.srt.distributed.parallel_state import get_attn_tp_group
+
+    summed: Tensor = get_attn_tp_group().all_reduce(x)
+    return summed
+
+
 class StockNorm(GainedNorm):
     """A zero-centred norm that runs SGLang's kernels."""
 
@@ -120,9 +128,7 @@ def _all_reduce_add_rms_norm(
         )
     if normed is not None:
         return normed, total
-    from sglang.srt.distributed.parallel_state import get_attn_tp_group
-
-    return ops.add_rms_norm(get_attn_tp_group().all_reduce(x), residual, gamma, eps)
+    return ops.add_rms_norm(sum_over_attention(x), residual, gamma, eps)
 
 
 @_all_reduce_add_rms_norm.register_fake

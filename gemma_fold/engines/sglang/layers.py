@@ -208,7 +208,7 @@ def _defer_all_reduce(text: Any) -> str | None:
     projections = [
         block.o_proj if hasattr(block, "o_proj") else block.down_proj for block in blocks
     ]
-    ready = all(x.tp_size > 1 and x.reduce_results for x in projections)
+    ready = all(_ranks(x) > 1 and x.reduce_results for x in projections)
     problem = _first_problem(*blocks)
     if ready and problem:
         _log.warning("gemma-fold: all-reduces stay SGLang's: %s", problem)
@@ -221,6 +221,12 @@ def _defer_all_reduce(text: Any) -> str | None:
         for projection in projections:
             projection.reduce_results = False
     return workspace
+
+
+def _ranks(projection: Any) -> int:
+    """Ranks that a projection sums over; since 0.5.23 it keeps their group alone."""
+    group = getattr(projection, "tp_group", None)
+    return int(getattr(projection, "tp_size", 0) or getattr(group, "world_size", 1))
 
 
 def _close_while_split(owner: Any, link: Link) -> None:

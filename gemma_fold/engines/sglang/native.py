@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_fold import ops
-from gemma_fold.engines.sglang.all_reduce import attention_group_size
+from gemma_fold.engines.sglang.all_reduce import attention_group_size, sum_over_attention
 from gemma_fold.engines.sglang.norms import GainedNorm, gained_norms
 from gemma_fold.ops import AllReduceWorkspace, checks
 
@@ -20,6 +20,7 @@ class NativeNorm(GainedNorm):
         workspace: name of the attention group's all-reduce workspace, or None: one rank.
     """
 
+    native = True
     workspace: str | None = None
 
     def forward(
@@ -42,10 +43,16 @@ class NativeNorm(GainedNorm):
         rest = (addition,) if addition is not None else ()
         return super().forward(x, residual, *rest)
 
-    def all_reduce_add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
-        if self.workspace is None or not takes(x, residual):
-            return None
-        return ops.all_reduce_add_rms_norm(x, residual, self.gamma32, self.workspace, self.epsilon)
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        taken = takes(x, residual)
+        if taken and self.workspace is not None:
+            return ops.all_reduce_add_rms_norm(
+                x, residual, self.gamma32, self.workspace, self.epsilon
+            )
+        # Not SGLang's fused operator, which takes a gain in 16 bits. Its norm alone adds in place.
+        summed = sum_over_attention(x)
+        fused: tuple[Tensor, Tensor] = self.forward(summed, residual if taken else residual.clone())
+        return fused
 
 
 def takes(x: Tensor, residual: Tensor | None) -> bool:

@@ -30,7 +30,10 @@ class GainedNorm(nn.Module):
         weight: w in the dtype of the model, [H].
         gamma32: fp32 [H], the gain: 1 + w before w was rounded to that dtype.
         given: whether a weight was ever loaded.
+        native: whether it runs on the gain alone.
     """
+
+    native = False
 
     weight: nn.Parameter
     gamma32: Tensor

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_fold.engines.mode import Mode, requested_mode
-from gemma_fold.engines.originals import original_weight
+from gemma_fold.engines.originals import folded_tensors, original_weight
 from gemma_fold.engines.sglang.norms import GainedNorm, adopt, gained_norms, zero_centred_norms
 from gemma_fold.errors import CheckpointError, GemmaFoldError, UnsupportedModelError
 from gemma_fold.format.manifest import FoldedTensor, read_manifest
@@ -236,13 +236,7 @@ def _read_folded(model_config: Any, block: Mapping[str, Any]) -> FoldedWeights:
     remote = getattr(model_config, "model_weights", None)
     if remote is not None:
         return FoldedWeights(str(remote), _remote_manifest(str(remote)))
-    folder = name
-    if not os.path.isdir(name):
-        from transformers.utils import cached_file
-
-        revision = getattr(model_config, "revision", None)
-        folder = os.path.dirname(str(cached_file(name, MANIFEST, revision=revision)))
-    return FoldedWeights(name, read_manifest(Path(folder)).tensors)
+    return FoldedWeights(name, folded_tensors(name, getattr(model_config, "revision", None)))
 
 
 def _remote_manifest(url: str) -> Mapping[str, FoldedTensor]:

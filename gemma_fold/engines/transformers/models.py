@@ -51,8 +51,9 @@ def unfold_model(model: Model) -> Model:
     """Undo :func:`fold_model`, in place: w = gamma - 1 in the dtype of the other weights.
 
     The outputs keep their bits, unless that dtype rounds w, as in a model loaded in 16 bits from an
-    fp32 checkpoint. A w so small that 1 + w was rounded comes back as the value that folds to the
-    same gamma; for a checkpoint's own bytes use `gemma-fold unfold` on its folder.
+    fp32 checkpoint, which becomes what the original is in 16 bits. A w so small that 1 + w was
+    rounded comes back as the value that folds to the same gamma, unless the manifest of a loaded
+    checkpoint has it; for a checkpoint's own bytes use `gemma-fold unfold` on its folder.
 
     Raises UnsupportedModelError where the model is not folded, or is offloaded.
     """

@@ -3,7 +3,8 @@
 These functions of transformers are wrapped, and nothing is copied:
 
 * `PreTrainedConfig.get_config_dict` hands every loader, Auto or concrete, the original config,
-  which `lent_config` keeps off the disk until a model is loaded with it.
+  which `lent_config` keeps off the disk until a model is loaded with it. `readers` meets those
+  there that would add 1 to a gamma.
 * `PreTrainedModel._load_pretrained_model` meets the built model before its weights are read. Its
   zero-centred norms become folded norms there, whose fp32 [H, 1] parameters take the gammas from
   disk unchanged; sharding, offloading and quantization of the rest go their usual way.
@@ -52,6 +53,7 @@ from gemma_fold.checkpoint.target import target_folder  # noqa: E402
 from gemma_fold.engines.transformers.lent_config import keep_lent_configs_off_disk, lend, release  # noqa: E402
 from gemma_fold.engines.transformers.models import adopt_norms  # noqa: E402
 from gemma_fold.engines.transformers.norms import FoldedNorm  # noqa: E402
+from gemma_fold.engines.transformers.readers import unfold_for_readers  # noqa: E402
 from gemma_fold.engines.transformers.save import save_folded  # noqa: E402
 
 _installed = False
@@ -133,6 +135,7 @@ def _too_old(name: str, what: str, base: dict[str, Any]) -> str:
 def _wrap_get_config_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def get_config_dict(cls: type, pretrained: str | os.PathLike[str], **kwargs: Any) -> Any:
+        unfold_for_readers()
         config, rest = original(cls, pretrained, **kwargs)
         if config.get("model_type") == MODEL_TYPE:
             config = lend(native_config(config, str(pretrained)), str(pretrained))
@@ -169,6 +172,8 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
         if not manifest.tensor_lock:
             for norm in norms:
                 norm.lock()
+        for name, norm in _gains(model).items():
+            norm.__dict__["source"] = manifest.tensors.get(name)
         release(model.config)
         return info, offloaded
 

@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 
 from gemma_fold._version import __version__
 from gemma_fold.engines.vllm.load import Loading, current_loading
-from gemma_fold.engines.vllm.weights import stock_loader, zero_centred_norms
+from gemma_fold.engines.vllm.weights import name_gammas, stock_loader, zero_centred_norms
 
 logger = init_logger("vllm.gemma_fold")
 
@@ -29,8 +29,10 @@ def prepare_model(model: nn.Module) -> None:
     for _, _, weight, offset in zero_centred_norms(model):
         weight.weight_loader = stock_loader(offset, tally)  # type: ignore[attr-defined]
         stock += 1
-    if tally is not None:
+    if loading is not None and tally is not None:
         tally.stock = stock  # the outermost model comes last
+        if stock:
+            name_gammas(model, loading.tensors)
 
 
 def _make_native(model: nn.Module, loading: Loading) -> None:

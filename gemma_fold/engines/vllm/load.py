@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any
 
 import vllm
@@ -13,9 +13,11 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from gemma_fold.engines.mode import Mode, requested_mode
+from gemma_fold.engines.originals import folded_tensors
 from gemma_fold.engines.vllm.config import folded_block
 from gemma_fold.engines.vllm.weights import Tally
 from gemma_fold.errors import CheckpointError, UnsupportedModelError
+from gemma_fold.format.manifest import FoldedTensor
 
 logger = init_logger("vllm.gemma_fold")
 
@@ -28,12 +30,19 @@ class Loading:
     """The load in progress: its mode, and what the norms have taken so far.
 
     workspace: what native norms reduce with, or None.
+    folded: vLLM's config of the model, where it is a folded checkpoint.
     """
 
     vllm_config: Any
     mode: Mode
     workspace: str | None = None
+    folded: Any = None
     tally: Tally = field(default_factory=Tally)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, FoldedTensor]:
+        """What the manifest says of each gamma. Only norms that hold w need it."""
+        return {} if self.folded is None else _manifest(self.folded)
 
 
 _current: list[Loading] = []
@@ -82,7 +91,8 @@ def wrap_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
             from gemma_fold.engines.vllm.workspace import tensor_parallel_workspace
 
             workspace = tensor_parallel_workspace(vllm_config, model_config)
-        with _loading(Loading(vllm_config, mode, workspace)) as loading:
+        folded = None if block is None else model_config
+        with _loading(Loading(vllm_config, mode, workspace, folded)) as loading:
             try:
                 model = original(self, vllm_config, model_config, *args, **kwargs)
             except AssertionError as error:
@@ -103,6 +113,17 @@ def wrap_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return load_model
+
+
+def _manifest(model_config: Any) -> Mapping[str, FoldedTensor]:
+    """Of a folded checkpoint; nothing where vLLM reads weights from a store and no other file."""
+    try:
+        return folded_tensors(str(model_config.model), getattr(model_config, "revision", None))
+    except (OSError, CheckpointError) as error:
+        logger.warning_once(
+            "gemma-fold: norms of an fp32 checkpoint would be rounded twice to 16 bits (%s)", error
+        )
+        return {}
 
 
 def _fold_dummies(model: Any) -> None:
