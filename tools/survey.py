@@ -239,7 +239,12 @@ def source(engine: str, path: Path, write: bool) -> list[str]:
     users = text.users(MODELS[engine])
     table = json.loads(SOURCES.read_text())
     known = table[engine]["files"]
-    problems = [f"{file} uses {', '.join(n)}" for file, n in users.items() if file not in known]
+    problems = [
+        f"{file} uses {name}, which its rows have not answered for"
+        for file, names in users.items()
+        for name in names
+        if name not in known.get(file, {}).get("adds", ())
+    ]
     problems += [f"{file} is gone or adds nothing" for file in known if file not in users]
     types = survey_source.model_types(text, CONFIGS[engine])
     unknown = types.keys() - rows() - ANY_MODEL

@@ -233,13 +233,18 @@ def test_the_installed_engine_has_no_file_without_a_row(engine: str) -> None:
         pytest.skip(f"{engine} is not installed")
     users = survey_source.Source(Path(spec.origin).parent).users(survey.MODELS[engine])
     assert users
-    assert {place(file) for file in users} <= {place(file) for file in SOURCES[engine]["files"]}
+    known = {file: entry["adds"] for file, entry in SOURCES[engine]["files"].items()}
+    assert places(users) <= places(known)
 
 
-def place(file: str) -> str:
-    """The file, or the folder that vLLM has for one model: between releases it splits files up."""
-    top, *rest = file.split("/")
-    return f"{top}/{rest[0]}" if top == "models" and len(rest) > 1 else file
+def places(users: dict[str, list[str]]) -> set[tuple[str, str]]:
+    """Each file with each name, or the folder of one model: between releases vLLM splits it up."""
+    return {
+        (f"models/{parts[1]}", "") if parts[0] == "models" and len(parts) > 2 else (file, name)
+        for file, names in users.items()
+        for parts in (file.split("/"),)
+        for name in names
+    }
 
 
 def installed(package: str) -> bool:
