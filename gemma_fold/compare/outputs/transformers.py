@@ -215,7 +215,7 @@ def _without_progress_bars(transformers: Any) -> Iterator[None]:
 
 
 def _dtype_of(model: Any) -> torch.dtype:
-    from gemma_fold.engines.transformers.models import weights_dtype
+    from gemma_fold.engines.transformers.weights import weights_dtype
 
     return weights_dtype(model)  # not that of a gamma
 

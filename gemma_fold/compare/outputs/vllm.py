@@ -12,7 +12,7 @@ from typing import Any
 from gemma_fold.compare.outputs.server import TOP_K, Position
 from gemma_fold.compare.outputs.tokens import Tokens
 from gemma_fold.compare.sides import Side
-from gemma_fold.engines.vllm.server import check_environment
+from gemma_fold.engines.serve import check_plugin
 from gemma_fold.errors import GemmaFoldError, UnsupportedModelError, first_line
 
 Text = str | tuple[int, ...]
@@ -31,7 +31,7 @@ class VllmSide:
 
 def import_vllm() -> None:
     """Check that vLLM is there; its log stays off stdout, its processes start afresh."""
-    check_environment()
+    check_plugin("vllm")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # A fork of this process, which has asked about GPUs, could not use any.

@@ -5,26 +5,34 @@
     y = pre(total)                 # or: total is returned, and the next layer norms it
 
 are one operator on (x, residual), wherever the three stand, as long as nothing between them can
-change what they read.
+change what they read. :func:`rewrite` makes their calls calls of methods that the layer gets from
+:class:`gemma_fold.engines.transformers.layers.SandwichLayer`, and leaves every other statement:
+
+    h = self.post(h)            h = h
+    h = residual + h            h = (pair := self._fused(residual, h, False, "post", "pre", ""))[0]
+    y = self.pre(h)             y = pair.pop()
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_fold.engines.attach.flow import Flow, Kind, Unfollowable, Value, follow
+from gemma_fold.engines.attach.flow import Flow, Kind, Value, follow
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """One sandwich.
 
-    post, pre: the norms, by attribute; pre is empty where the sum is returned.
-    dropout: between the first norm and the add, or empty.
-    nodes: the expressions to change; `left`: whether the normed operand of the add is the left one.
+    Attributes:
+        post: the first norm, by attribute.
+        pre: the second; empty if the sum is returned.
+        dropout: between the first norm and the add, or empty.
+        left: whether the normed operand of the add is the left one.
+        post_node: the expression to change, as the other nodes are.
     """
 
     post: str
@@ -41,8 +49,11 @@ class Site:
 class Found:
     """What there is in a forward.
 
-    entry: the norm of the hidden states as they come in, or empty, and its call.
-    missing: norms that are part of no site, each with the reason.
+    Attributes:
+        sites: its sandwiches.
+        entry: the norm of the hidden states as they come in, or empty.
+        entry_node: its call.
+        missing: norms that are part of no site, each with the reason.
     """
 
     sites: tuple[Site, ...]
@@ -57,7 +68,11 @@ def find(
     dropouts: Collection[str],
     globals_: dict[str, Any],
 ) -> Found:
-    """The sandwiches of a layer's forward. Raises Unfollowable where it cannot be followed."""
+    """The sandwiches of a layer's forward.
+
+    Raises:
+        Unfollowable: it cannot be followed.
+    """
     kinds: dict[str, Kind] = {name: "norm" for name in norms}
     kinds |= {name: "dropout" for name in dropouts}
     flow = follow(tree, kinds, globals_)
@@ -144,7 +159,7 @@ class _Finder:
         )
 
     def _next(self, add: Value) -> tuple[str, Value | None]:
-        """The norm of the sum; nothing where the sum is returned instead."""
+        """The norm of the sum; nothing if the sum is returned instead."""
         norms = [user for _, user in add.uses if user is not None and user.kind == "norm"]
         for pre in norms:
             if pre.name in self._flow.misuse or not _one_run(add, pre):
@@ -182,4 +197,71 @@ def _uses(value: Value) -> str:
     return " and ".join(words) if words else "is not used"
 
 
-__all__ = ["Found", "Site", "Unfollowable", "find"]
+_Replace = Callable[[ast.expr], ast.expr]
+
+
+def rewrite(tree: ast.FunctionDef, found: Found) -> ast.FunctionDef:
+    """Change `tree`, in which `found` was found, in place; returns it."""
+    first = [*tree.args.posonlyargs, *tree.args.args][0].arg
+    changes: dict[int, _Replace] = {}
+    for number, site in enumerate(found.sites):
+        _site(changes, site, first, f"_gemma_fold_{number}")
+    if found.entry_node is not None:
+        changes[id(found.entry_node)] = lambda node: _call(
+            first, "_entered", [_argument(node), ast.Constant(found.entry)]
+        )
+    changed = _Rewriter(changes).visit(tree)
+    assert isinstance(changed, ast.FunctionDef)
+    return ast.fix_missing_locations(changed)
+
+
+def _site(changes: dict[int, _Replace], site: Site, first: str, pair: str) -> None:
+    changes[id(site.post_node)] = _argument
+    if site.dropout_node is not None:
+        changes[id(site.dropout_node)] = _argument
+
+    def fused(node: ast.expr) -> ast.expr:
+        assert isinstance(node, ast.BinOp)
+        operands = [node.left, node.right, ast.Constant(site.left)]
+        if not site.pre:
+            names = [ast.Constant(name) for name in (site.post, site.dropout)]
+            return _call(first, "_left", [*operands, *names])
+        names = [ast.Constant(name) for name in (site.post, site.pre, site.dropout)]
+        call = _call(first, "_fused", [*operands, *names])
+        kept = ast.NamedExpr(ast.Name(pair, ast.Store()), call)
+        return ast.Subscript(kept, ast.Constant(0), ast.Load())
+
+    def popped(node: ast.expr) -> ast.expr:
+        argument = _argument(node)
+        value = ast.Call(ast.Attribute(ast.Name(pair, ast.Load()), "pop", ast.Load()), [], [])
+        if isinstance(argument, ast.Name):
+            return value
+        both = ast.Tuple([argument, value], ast.Load())  # the add may be inside, and comes first
+        return ast.Subscript(both, ast.Constant(1), ast.Load())
+
+    changes[id(site.add_node)] = fused
+    if site.pre_node is not None:
+        changes[id(site.pre_node)] = popped
+
+
+def _argument(node: ast.expr) -> ast.expr:
+    assert isinstance(node, ast.Call)
+    return node.args[0]
+
+
+def _call(first: str, method: str, arguments: list[ast.expr]) -> ast.expr:
+    function = ast.Attribute(ast.Name(first, ast.Load()), method, ast.Load())
+    return ast.Call(function, arguments, [])
+
+
+class _Rewriter(ast.NodeTransformer):
+    def __init__(self, changes: dict[int, _Replace]) -> None:
+        self._changes = changes
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        change = self._changes.get(id(node))
+        self.generic_visit(node)
+        if change is None:
+            return node
+        assert isinstance(node, ast.expr)
+        return change(node)

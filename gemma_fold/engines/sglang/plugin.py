@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from gemma_fold.engines.checks import native_config
+from gemma_fold.engines.checks import marked_config
 from gemma_fold.engines.sglang import all_reduce, weights
 from gemma_fold.errors import HostError
 from gemma_fold.format.names import MODEL_TYPE
@@ -25,7 +25,11 @@ _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """One hook: `parameters` are those of the target that the hook relies on."""
+    """One hook.
+
+    Attributes:
+        parameters: those of the target that the hook relies on.
+    """
 
     target: str
     function: Callable[..., Any]
@@ -34,7 +38,11 @@ class Hook:
 
 
 def register_hooks() -> None:
-    """Register every hook, or none: HostError where one would not fit."""
+    """Register every hook, or none.
+
+    Raises:
+        HostError: one does not fit this version of SGLang.
+    """
     for hook in _HOOKS:
         _check(hook)
     for hook in _HOOKS:
@@ -42,14 +50,11 @@ def register_hooks() -> None:
 
 
 def native_config_dict(result: Any, cls: Any, name: Any = "", *args: Any, **kwargs: Any) -> Any:
-    """After `PreTrainedConfig.get_config_dict`: the original config of a folded checkpoint.
-
-    Its `gemma_fold` block stays, under that name: it is how a model knows that it is folded.
-    """
+    """After `PreTrainedConfig.get_config_dict`: the original config of a folded checkpoint."""
     config, rest = result
     if config.get("model_type") != MODEL_TYPE:
         return result
-    return {**native_config(config, str(name)), MODEL_TYPE: config[MODEL_TYPE]}, rest
+    return marked_config(config, str(name)), rest
 
 
 def _check(hook: Hook) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_fold import ops
-from gemma_fold.engines.attach.layers import (
+from gemma_fold.engines.attach.prove import (
     Plan,
     Shape,
     count_missing,
@@ -31,9 +31,8 @@ from gemma_fold.engines.attach.layers import (
     proved,
     shape_of,
 )
-from gemma_fold.engines.attach.report import Missing
-from gemma_fold.engines.transformers.hooks import Watched
-from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.engines.mode import Missing
+from gemma_fold.engines.transformers.norms import FoldedNorm, Watched
 from gemma_fold.ops import checks
 
 
@@ -41,7 +40,9 @@ from gemma_fold.ops import checks
 class Waiting:
     """What a layer leaves for the next one: the hidden states for it, and their first norm.
 
-    version: counts changes in place of the hidden states; None in inference mode, which does not.
+    Attributes:
+        version: counts changes in place of the hidden states; None in inference mode, which does
+            not.
     """
 
     layer: SandwichLayer

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 
-from gemma_fold.engines import arithmetic
-from gemma_fold.errors import CheckpointError
+from gemma_fold.engines.weights import fold, is_gamma, unfold
 from gemma_fold.rules import NORM_CLASSES
 
 Loader = Callable[[Tensor, Tensor], None]
@@ -42,14 +40,6 @@ class Tally:
     def norms(self) -> int:
         return self.native + self.stock
 
-    def add(self, param: Tensor, gamma: bool) -> None:
-        if param.is_meta:
-            return  # vLLM counts elements first
-        if gamma:
-            self.gammas += 1
-        else:
-            self.raw += 1
-
 
 def zero_centred_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, float]]:
     """Every norm of `model` that adds to its weight: name, module, the weight, what it adds."""
@@ -65,9 +55,9 @@ def zero_centred_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Pa
 def _offset(module: nn.Module) -> float:
     for cls in type(module).__mro__:
         if cls.__module__.startswith("transformers."):  # vLLM can run a model of transformers
-            fold = NORM_CLASSES.get(cls.__name__)
-            if fold is not None:
-                return fold.offset
+            rule = NORM_CLASSES.get(cls.__name__)
+            if rule is not None:
+                return rule.offset
         if cls.__module__.startswith("vllm.") and cls.__name__ in _CLASSES:
             offset = _CLASSES[cls.__name__]
             return float(getattr(module, offset, 0.0) if isinstance(offset, str) else offset)
@@ -78,14 +68,10 @@ def stock_loader(offset: float, tally: Tally | None) -> Loader:
     """For a parameter that holds w: a gamma is unfolded into it."""
 
     def load_zero_centred_weight(param: Tensor, loaded_weight: Tensor) -> None:
-        gamma = _is_gamma(param, loaded_weight)
-        if gamma:
-            weight = arithmetic.unfold(loaded_weight.view(-1), offset, param.dtype)
-        else:
-            weight = loaded_weight
-        if tally is not None:
-            tally.add(param, gamma)
-        _copy(param, weight)
+        gamma = _is_gamma(param, loaded_weight, tally)
+        param.data.copy_(
+            unfold(loaded_weight.view(-1), offset, param.dtype) if gamma else loaded_weight
+        )
 
     return load_zero_centred_weight
 
@@ -94,30 +80,15 @@ def gamma_loader(tally: Tally | None) -> Loader:
     """For a parameter that holds gamma, fp32 [H, 1]: a raw w is folded into it."""
 
     def load_gamma(param: Tensor, loaded_weight: Tensor) -> None:
-        gamma = _is_gamma(param, loaded_weight)
-        weight = loaded_weight if gamma else arithmetic.fold(loaded_weight, 1.0)[:, None]
-        if tally is not None:
-            tally.add(param, gamma)
-        _copy(param, weight)
+        gamma = _is_gamma(param, loaded_weight, tally)
+        param.data.copy_(loaded_weight if gamma else fold(loaded_weight, 1.0)[:, None])
 
     return load_gamma
 
 
-def _is_gamma(param: Tensor, loaded: Tensor) -> bool:
-    if loaded.dim() == 1:
-        return False
-    if loaded.shape == (param.shape[0], 1) and loaded.dtype == torch.float32:
-        return True
-    raise CheckpointError(
-        f"a norm of width {param.shape[0]} was given {loaded.dtype} {list(loaded.shape)}; "
-        "it takes its raw weight [H], or its gamma as float32 [H, 1]"
-    )
-
-
-def _copy(param: Tensor, weight: Tensor) -> None:
-    if param.shape != weight.shape:
-        raise CheckpointError(
-            f"a norm of width {param.shape[0]} was given {list(weight.shape)}; "
-            "the weights belong to another model"
-        )
-    param.data.copy_(weight)
+def _is_gamma(param: Tensor, loaded: Tensor, tally: Tally | None) -> bool:
+    gamma = is_gamma(loaded, param.shape[0])
+    if tally is not None and not param.is_meta:  # vLLM counts elements first
+        tally.gammas += gamma
+        tally.raw += not gamma
+    return gamma
