@@ -17,6 +17,11 @@ from gemma_fold.errors import GemmaFoldError
 
 EXIT_INTERRUPTED = 130
 _path = click.Path(dir_okay=True, path_type=Path)
+_out_option = click.option("-o", "--out", required=True, metavar="OUT", help="Folder to create.")
+_resume_option = click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+_restart_option = click.option(
+    "--restart", is_flag=True, help="Discard an interrupted run and start over."
+)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
@@ -45,7 +50,7 @@ def cli() -> None:
 @click.argument("source")
 @_json_option
 def inspect(source: str, as_json: bool) -> None:
-    """Say which norms of SOURCE are zero-centred, by which rule, and what folding would change.
+    """List which norms of SOURCE are zero-centred, by which rule, and what folding would change.
 
     SOURCE is a folder, or a Hub id such as org/name or org/name@revision. Only headers are read
     (by range requests from the Hub); in a folder the norm weights too.
@@ -70,10 +75,10 @@ def inspect(source: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("source")
-@click.option("-o", "--out", required=True, metavar="OUT", help="Folder to create.")
+@_out_option
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--restart", is_flag=True, help="Discard an interrupted run and start over.")
+@_resume_option
+@_restart_option
 @click.option(
     "--force",
     is_flag=True,
@@ -157,9 +162,9 @@ def verify(folded: str, against: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("folded")
-@click.option("-o", "--out", required=True, metavar="OUT", help="Folder to create.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--restart", is_flag=True, help="Discard an interrupted run and start over.")
+@_out_option
+@_resume_option
+@_restart_option
 @_json_option
 def unfold(folded: str, out: str, resume: bool, restart: bool, as_json: bool) -> None:
     """Turn the FOLDED checkpoint back into the very bytes it was made from.
@@ -280,9 +285,9 @@ def serve(
 @click.argument("model", required=False)
 @_json_option
 def doctor(model: str | None, as_json: bool) -> None:
-    """Say which engines are installed here and what each would fuse in MODEL, loading no weights.
+    """List which engines are installed here and what each would fuse in MODEL, loading no weights.
 
-    MODEL is a folder or a Hub id, folded or not. Exits with 1 where an engine does not find
+    MODEL is a folder or a Hub id, folded or not. Exits with 1 if an engine does not find
     gemma-fold, or would leave something of MODEL unfused that could be.
 
     \b

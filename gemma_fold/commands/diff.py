@@ -21,7 +21,7 @@ def run(
     max_ulp: int,
     **options: Any,
 ) -> DiffReport:
-    """Compare, and write the page where one is asked for; what cannot work is refused first.
+    """Compare, and write the page if one is asked for; what cannot work is refused first.
 
     `options` are those of `DiffOptions`. Raises what `diff` raises.
     """

@@ -50,7 +50,7 @@ def native_config(config: Config, where: str) -> Config:
 def marked_config(config: Config, where: str) -> Config:
     """:func:`native_config` with the folded checkpoint's own block: format, tensors, version.
 
-    It stays under its name, which tells whoever has the config that the checkpoint is folded.
+    It stays under its name: a config that has it is of a folded checkpoint.
     """
     return {**native_config(config, where), MODEL_TYPE: config[MODEL_TYPE]}
 
@@ -62,12 +62,12 @@ def folded_block(config: Any) -> Mapping[str, Any] | None:
 
 
 def lock_problem(block: Mapping[str, Any], where: str, engine: str) -> str:
-    """Why an engine cannot tell gammas from raw weights; empty if the tensor lock is there."""
+    """Why an engine cannot distinguish gammas from raw weights; empty if there is a tensor lock."""
     if block.get("tensor_lock", True):
         return ""
     return (
-        f"{where} was folded without the tensor lock, so {engine} cannot tell its gammas from raw "
-        "weights; fold the original again without --no-tensor-lock"
+        f"{where} was folded without the tensor lock, so {engine} cannot distinguish its gammas "
+        "from raw weights; fold the original again without --no-tensor-lock"
     )
 
 

@@ -64,7 +64,8 @@ class Outlook:
     """What an engine would do with a model.
 
     Attributes:
-        report: what would be fused, or None if `note` says why that is not known.
+        report: what would be fused, or None if that is not known.
+        note: why it is not, or what else there is to know.
     """
 
     engine: str

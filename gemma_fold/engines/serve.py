@@ -42,7 +42,7 @@ def serve(
         HostError: the engine is not installed, or the port is taken.
     """
     if engine not in ENGINES:
-        raise UsageError(f"there is no engine {engine}; choose from {', '.join(ENGINES)}")
+        raise UsageError(f"unknown engine {engine}: expected one of {', '.join(ENGINES)}")
     engine = _installed() if engine == "auto" else engine
     folder = fetch(checkpoint)[0]
     open_folded(folder)

@@ -101,7 +101,10 @@ def running(
 ) -> Iterator[_Engine]:
     """Start vLLM on the checkpoint, and end it.
 
-    `name` spells a token. Raises UnsupportedModelError where vLLM does not run the checkpoint.
+    `name` spells a token.
+
+    Raises:
+        UnsupportedModelError: vLLM does not run the checkpoint.
     """
     windows = [len(window) + 1 for window in tokens.windows]
     prompts = [len(prompt.ids) + new_tokens for prompt in tokens.prompts]

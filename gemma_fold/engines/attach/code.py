@@ -14,19 +14,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-#: `from __future__ import` of the module, which the compiler has to be told of.
+#: Flags of `from __future__ import`, which the compiler is given.
 _FUTURE = 0xFFF0000
 
 
 class Unreadable(Exception):
-    """A function whose statements cannot be had; the message says why."""
+    """A function whose statements cannot be read; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Code:
     """A function and its statements.
 
-    function: what the decorators wrap. wrappers: those, outermost first. tree: its definition.
+    Attributes:
+        function: what the decorators wrap.
+        wrappers: those, outermost first.
+        tree: its definition.
     """
 
     function: types.FunctionType
@@ -35,22 +38,26 @@ class Code:
 
 
 def read(function: Callable[..., Any]) -> Code:
-    """The statements of `function`. Raises Unreadable unless they are those that run."""
+    """The statements of `function`.
+
+    Raises:
+        Unreadable: they are not there, or not those that run.
+    """
     wrappers: list[Any] = []
     while hasattr(function, "__wrapped__"):
         wrappers.append(function)
         function = function.__wrapped__
     if not isinstance(function, types.FunctionType):
-        raise Unreadable("it is no Python function")
+        raise Unreadable("it is not a Python function")
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError) as error:
         raise Unreadable("its source is not there") from error
     if not isinstance(tree, ast.FunctionDef):
-        raise Unreadable("it is no plain function")
+        raise Unreadable("it is not a plain function")
     for wrapper in wrappers:
         if not _wraps(wrapper):
-            raise Unreadable("one of its decorators is no plain function around it")
+            raise Unreadable("one of its decorators is not a plain function around it")
     ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)  # for its tracebacks
     code = Code(function, tuple(wrappers), tree)
     if not _same(_compiled(code, tree), function.__code__):

@@ -26,7 +26,7 @@ from gemma_fold.engines.mode import Missing
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import first_line
 
-#: Fewer norms than two around each of two blocks are no sandwiches.
+#: Two norms around each of two blocks: fewer are not sandwiches.
 _FEWEST = 4
 
 _INTERNAL = frozenset(vars(nn.Module())) | {"handoff", "follower", "plain"}

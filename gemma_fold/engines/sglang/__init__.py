@@ -21,8 +21,8 @@ from gemma_fold.engines.checks import register_once
 def register() -> None:
     """The entry point, which SGLang calls. Never raises.
 
-    If SGLang lacks what gemma-fold attaches to, one warning says so, and folded checkpoints are
-    refused.
+    If SGLang lacks what gemma-fold attaches to, one warning gives the reason, and folded
+    checkpoints are refused.
     """
     register_once("SGLang", _install, "gemma_fold")
 

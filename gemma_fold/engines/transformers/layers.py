@@ -63,7 +63,7 @@ class SandwichLayer(Watched):
     Attributes:
         shape: how it was fused.
         entry: the attribute of the norm that `_entered` runs, or empty.
-        follower: the layer called next, as far as the model's list of layers tells.
+        follower: the layer called next, as far as the model's list of layers shows.
         handoff: where the layer before leaves what it has for this one.
     """
 
@@ -90,7 +90,7 @@ class SandwichLayer(Watched):
     ) -> list[Tensor]:
         """``[total, pre(total)]`` with ``total = one + two``, one of them through `post` first.
 
-        `left` says that it is the first. It goes through the dropout too, if there is one.
+        `left`: it is the first. It goes through the dropout too, if there is one.
         """
         return _sandwich(
             one, two, left, self._modules[post], self._modules[pre], self._modules.get(dropout)
@@ -170,7 +170,7 @@ def _sandwich(
     pre: nn.Module | None,
     dropout: nn.Module | None,
 ) -> list[Tensor]:
-    """Fused where all of it is plain."""
+    """Fused if all of it is plain."""
     x, residual = (one, two) if left else (two, one)
     if (
         isinstance(post, FoldedNorm)

@@ -254,7 +254,7 @@ class FoldedNorm(Watched):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # A raw w, from an original checkpoint, a trainer or an adapter: shape [H] says so.
+        # A raw w, from an original checkpoint, a trainer or an adapter: it has shape [H].
         key = prefix + self.gain_name
         weight = state_dict.get(key)
         if isinstance(weight, Tensor) and weight.dim() == 1:
@@ -313,6 +313,5 @@ def _epsilon(module: nn.Module) -> float:
             if isinstance(value, float):
                 return value
     raise UnsupportedModelError(
-        f"a {type(module).__name__} has no eps where one is expected; "
-        "this version of the model is not supported"
+        f"a {type(module).__name__} has no eps; this version of the model is not supported"
     )

@@ -42,7 +42,7 @@ from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.engines.transformers.weights import refuse_parametrized, weights_dtype
 from gemma_fold.errors import CheckpointError, UnsupportedModelError, UsageError
 from gemma_fold.format.arithmetic import decode, fold, unfold
-from gemma_fold.format.manifest import FoldedTensor, Manifest, SourceFile, folded_config
+from gemma_fold.format.manifest import FoldedTensor, SourceFile, folded_config, manifest_of
 from gemma_fold.format.names import MANIFEST, SAVED
 from gemma_fold.rules import TensorRule, classify
 
@@ -151,30 +151,19 @@ def _complete(
         files[file.name] = _source_file(file, plain, here)
         growth += file.state.size - file.header.data_start - (plain.size - plain.data_start)
     config = json.dumps(base, ensure_ascii=False, indent=2) + "\n"
-    plain_index = resized_index(checkpoint, -growth)
-    index = None if plain_index is None else plain_index.decode()
-    for name, text in ((CONFIG, config), (checkpoint.index_name, index)):
-        if name is not None and text is not None:
-            raw = text.encode()
-            files[name] = SourceFile(name, len(raw), blake3=digest_text(raw))
     sizes = {name: state.size for name, state in checkpoint.others.items()} | dict(kept)
     files |= {name: SourceFile(name, size) for name, size in sizes.items()}
     locked = folded_config(base, dtype=base["dtype"], tensors=len(tensors), tensor_lock=True)
-    written = {CONFIG: digest_text(locked)}
-    if checkpoint.index_name is not None and checkpoint.index_raw is not None:
-        written[checkpoint.index_name] = digest_text(checkpoint.index_raw)
-    manifest = Manifest(
+    manifest = manifest_of(
+        checkpoint,
+        (config.encode(), resized_index(checkpoint, -growth)),
+        (locked, checkpoint.index_raw),
+        files,
         origin=Origin(final.absolute().name.encode("utf-8", "backslashreplace").decode()),
         model_type=str(base.get("model_type")),
         tensor_lock=True,
-        config=config,
-        index=index,
-        index_name=checkpoint.index_name,
-        files=files,
-        directories=checkpoint.directories,
         tensors=tensors,
         made_by=SAVED,
-        written=written,
     )
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     (folder / CONFIG).write_bytes(locked)

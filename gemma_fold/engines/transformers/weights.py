@@ -156,7 +156,7 @@ def _fold_of(module: nn.Module) -> Fold | None:
     if not cls.__module__.startswith("transformers."):
         return None
     fold = NORM_CLASSES.get(cls.__name__)
-    # The one class that can be told not to add: gamma + float(unit_offset).
+    # The one class that can be set not to add: gamma + float(unit_offset).
     if fold is None or getattr(module, "unit_offset", fold.offset) != fold.offset:
         return None
     return fold

@@ -72,7 +72,7 @@ class SandwichNorm(NativeNorm):
     """The norm after a block, the residual add and this norm, as one operator.
 
     Attributes:
-        post: the norm after the block, in a tuple so that it is no submodule.
+        post: the norm after the block, in a tuple so that it is not a submodule.
     """
 
     post: tuple[PassedNorm]

@@ -233,7 +233,7 @@ def _make_native(model: nn.Module, loading: Loading) -> None:
 
 
 def _separate_compile_cache(vllm_config: Any) -> None:
-    """vLLM finds compiled graphs by its config, which must say that these are other graphs."""
+    """vLLM finds compiled graphs by its config, which must show that these are other graphs."""
     from gemma_fold.engines.vllm.norms import choose_qk_mode
 
     if isinstance(vllm_config.additional_config, dict):

@@ -1,4 +1,4 @@
-"""Weight loaders that tell a gamma, `[H, 1]`, from a raw w, `[H]`, and never add or subtract twice.
+"""Weight loaders that take a gamma, `[H, 1]`, or a raw w, `[H]`, and never add or subtract twice.
 
 vLLM calls the `weight_loader` of a parameter on the first load, on reloads and on live updates, and
 copies it to the parameters that it builds for a reload. Each loader here makes exactly one copy of
