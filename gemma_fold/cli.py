@@ -239,10 +239,18 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
       gemma-fold diff http://127.0.0.1:8000 http://127.0.0.1:8001 --max-kl 1e-3
     """
     from gemma_fold.commands import render
-    from gemma_fold.commands.diff import run
-    from gemma_fold.compare.report import writers
+    from gemma_fold.compare import run
+    from gemma_fold.compare.report import html as page
+    from gemma_fold.compare.report import verdict, writers
 
-    found = run(a, b, html=html, progress=render.ProgressBar("comparing"), **given)
+    if html is not None:  # what cannot work is refused first
+        run.check_writable(html, "--html", page.is_page)
+        page.check_can_render()
+    limits = verdict.DiffLimits(given.pop("max_kl"), given.pop("max_ulp"))
+    options = run.DiffOptions(engines=given.pop("engine"), limits=limits, **given)
+    found = run.diff(a, b, options, render.ProgressBar("comparing"))
+    if html is not None:
+        page.write_html(found, html)
     _print(
         as_json,
         lambda: writers.to_json(found),
@@ -255,9 +263,9 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
 @click.argument("folded")
 @click.option(
     "--engine",
+    type=click.Choice(["auto", "vllm", "sglang", "transformers"]),
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "vllm", "sglang", "transformers"]),
     help="auto picks the first that is installed of vllm, sglang, transformers.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True)

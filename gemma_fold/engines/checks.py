@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
@@ -17,6 +18,12 @@ from gemma_fold.errors import CheckpointError, GemmaFoldError, HostError, first_
 from gemma_fold.format.manifest import unwrap_config
 from gemma_fold.format.names import MANIFEST, MODEL_TYPE
 
+#: The first and the last version of each engine whose fused counts were checked.
+TESTED = {
+    "transformers": ("5.17", "5.24"),
+    "vllm": ("0.26", "0.33"),
+    "sglang": ("0.5.17", "0.5.23"),
+}
 #: Entry points by which an engine finds gemma-fold, and the variable that can leave it out.
 _PLUGINS = {
     "vllm": ("vllm.general_plugins", "VLLM_PLUGINS"),
@@ -137,6 +144,40 @@ def _explain(engine: str, error: Exception) -> str:
         f"gemma-fold cannot attach to this version of {engine} ({reason}); "
         f"upgrade gemma-fold, or install a version of {engine} that its documentation names"
     )
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with, to compare."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def check_version(engine: str, version: str, function: object, parameters: Sequence[str]) -> None:
+    """Check that an engine is one that can be attached to.
+
+    Args:
+        engine: its name.
+        version: of it; without numbers, as a build from source may have it, any will do.
+        function: by which it loads models.
+        parameters: the first of that function, as gemma-fold relies on them.
+
+    Raises:
+        HostError: it is too old, or loads models in another way.
+    """
+    oldest, newest = TESTED[engine.lower()]
+    if numbers(version) and numbers(version) < numbers(oldest):
+        raise HostError(
+            f"{engine} {version} is too old for folded checkpoints; "
+            f"pip install --upgrade '{engine.lower()}>={oldest}'"
+        )
+    try:
+        found = list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        found = []
+    if found[: len(parameters)] != list(parameters):
+        raise HostError(
+            f"{engine} {version} loads models in a way this gemma-fold does not know (it was "
+            f"checked up to {newest}); upgrade gemma-fold, or install an earlier {engine}"
+        )
 
 
 def plugin_problem(engine: str) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemma_fold._version import __version__
-from gemma_fold.checkpoint.hub import looks_like_hub_id, parse_hub_id
-from gemma_fold.checkpoint.source import CONFIG
+from gemma_fold.checkpoint.locate import hub_id
+from gemma_fold.checkpoint.source import CONFIG, parse_json_object, read_small
 from gemma_fold.engines.attach.handed import block_problem, methods_in
-from gemma_fold.engines.checks import native_config, plugin_problem
+from gemma_fold.engines.checks import TESTED, native_config, numbers, plugin_problem
 from gemma_fold.engines.known_code import SGLANG, VLLM, Family
 from gemma_fold.engines.mode import VALUES, VARIABLE, Missing, Report, requested
 from gemma_fold.errors import (
@@ -28,12 +26,6 @@ from gemma_fold.errors import (
     first_line,
 )
 
-#: The first and the last version of each engine whose fused counts were checked.
-TESTED = {
-    "transformers": ("5.17", "5.24"),
-    "vllm": ("0.26", "0.33"),
-    "sglang": ("0.5.17", "0.5.23"),
-}
 #: built: the model was built without weights. read: the engine's source was.
 Level = Literal["built", "read"]
 
@@ -196,30 +188,23 @@ def _engine(name: str) -> Engine:
 
 
 def _config(name: str) -> Mapping[str, Any]:
-    folder = Path(name)
+    folder, found = Path(name), hub_id(name)
     file = folder / CONFIG
-    if not folder.exists() and looks_like_hub_id(name):
-        file = _fetched(name)
+    if found is not None:
+        file = _fetched(*found)
     elif not file.is_file():
         problem = f"has no {CONFIG}" if folder.is_dir() else "is not a folder"
         raise CheckpointError(f"{name} {problem}; give the folder of a checkpoint, or a Hub id")
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error}); fetch it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object; fetch it again")
-    return native_config(config, str(file.parent))
+    return native_config(parse_json_object(read_small(file), file), str(file.parent))
 
 
-def _fetched(name: str) -> Path:
+def _fetched(repo: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
-    repo, revision = parse_hub_id(name)
     try:
         return Path(hf_hub_download(repo, CONFIG, revision=revision))
     except (OSError, ValueError) as error:  # of any kind: the network, the name, a missing file
-        raise HostError(f"cannot fetch {CONFIG} of {name}: {first_line(error)}") from error
+        raise HostError(f"cannot fetch {CONFIG} of {repo}: {first_line(error)}") from error
 
 
 def _gpu(index: int) -> str:
@@ -337,11 +322,6 @@ def installed(engine: str) -> str | None:
         except PackageNotFoundError:
             continue
     return None
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """The numbers that a version begins with, to compare."""
-    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])
 
 
 def _source(engine: str, path: str) -> Path:

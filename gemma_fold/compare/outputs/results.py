@@ -17,7 +17,11 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """One number over positions: mean, extremes, and `PERCENTILES` in their order."""
+    """One number over positions.
+
+    Attributes:
+        percentiles: those in `PERCENTILES`, in their order.
+    """
 
     mean: float
     min: float

@@ -11,13 +11,10 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from gemma_fold.engines.checks import marked_config
+from gemma_fold.engines.checks import TESTED, marked_config
 from gemma_fold.engines.sglang import all_reduce, weights
 from gemma_fold.errors import HostError
 from gemma_fold.format.names import MODEL_TYPE
-
-#: The version that the tests run.
-TESTED = "0.5.21"
 
 _LOADER = "sglang.srt.model_loader.loader"
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
@@ -69,7 +66,7 @@ def _check(hook: Hook) -> None:
 def _unsupported(target: str) -> HostError:
     return HostError(
         f"gemma-fold cannot attach to SGLang {version('sglang')}: {target} is not what it was in "
-        f"{TESTED}, which is tested; install that"
+        f"{TESTED['sglang'][1]}, which was checked; install that"
     )
 
 

@@ -28,11 +28,9 @@ from typing import Any
 
 from gemma_fold.checkpoint.locate import hub_id
 from gemma_fold.checkpoint.source import CONFIG
-from gemma_fold.engines.checks import native_config, read_folded
+from gemma_fold.engines.checks import check_version, native_config, read_folded
 from gemma_fold.errors import CheckpointError, HostError, UnsupportedModelError, UsageError
 from gemma_fold.format.names import MANIFEST, MODEL_TYPE
-
-MINIMUM = (5, 17)
 
 try:
     import transformers
@@ -43,14 +41,14 @@ except ModuleNotFoundError as error:
         "transformers is not installed; install it with: pip install 'gemma-fold[transformers]'"
     ) from None
 
-from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
-from transformers.utils import cached_file  # noqa: E402
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 
-from gemma_fold.checkpoint.target import target_folder  # noqa: E402
-from gemma_fold.engines.transformers.norms import FoldedNorm  # noqa: E402
-from gemma_fold.engines.transformers.save import save_folded  # noqa: E402
-from gemma_fold.engines.transformers.weights import load_gammas, load_raw_gains  # noqa: E402
+from gemma_fold.checkpoint.target import target_folder
+from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.engines.transformers.save import save_folded
+from gemma_fold.engines.transformers.weights import load_gammas, load_raw_gains
 
 _installed = False
 #: The attribute of a config that holds the name of the checkpoint. It is not serialized.
@@ -256,25 +254,12 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if version < MINIMUM:
-        raise HostError(
-            f"transformers {transformers.__version__} is too old for folded checkpoints; "
-            f"pip install --upgrade 'transformers>={MINIMUM[0]}.{MINIMUM[1]}'"
-        )
-    try:
-        get_config_dict = PreTrainedConfig.__dict__["get_config_dict"].__func__
-        load_pretrained_model = PreTrainedModel.__dict__["_load_pretrained_model"].__func__
-        parameters = list(inspect.signature(load_pretrained_model).parameters)
-    except (KeyError, AttributeError, ValueError):
-        parameters = []
-    if parameters[:4] != ["model", "state_dict", "checkpoint_files", "load_config"]:
-        raise HostError(
-            f"transformers {transformers.__version__} loads models in a way this gemma-fold does "
-            "not know; upgrade gemma-fold, or install an earlier transformers"
-        )
+    load: Any = getattr(PreTrainedModel, "_load_pretrained_model", None)
+    parameters = ["model", "state_dict", "checkpoint_files", "load_config"]
+    check_version("transformers", transformers.__version__, load, parameters)
+    get_config_dict = PreTrainedConfig.__dict__["get_config_dict"].__func__
     PreTrainedConfig.get_config_dict = classmethod(read_folded(get_config_dict, _lend))
-    PreTrainedModel._load_pretrained_model = staticmethod(_wrap_load(load_pretrained_model))
+    PreTrainedModel._load_pretrained_model = staticmethod(_wrap_load(load))
     PreTrainedModel.save_pretrained = _wrap_save(PreTrainedModel.save_pretrained)
     PreTrainedConfig.to_dict = _without_mark(PreTrainedConfig.to_dict)
     PreTrainedConfig.to_json_file = _refusing(PreTrainedConfig.to_json_file)

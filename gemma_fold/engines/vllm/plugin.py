@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,15 +17,18 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 
 from gemma_fold._version import __version__
-from gemma_fold.engines.checks import folded_block, lock_problem, marked_config, wrap_innermost
+from gemma_fold.engines.checks import (
+    check_version,
+    folded_block,
+    lock_problem,
+    marked_config,
+    wrap_innermost,
+)
 from gemma_fold.engines.mode import Mode, requested_mode
 from gemma_fold.engines.vllm.weights import Tally, stock_loader, zero_centred_norms
-from gemma_fold.errors import CheckpointError, HostError, UnsupportedModelError
+from gemma_fold.errors import CheckpointError, UnsupportedModelError
 from gemma_fold.format.names import MODEL_TYPE
 
-MINIMUM = (0, 26)
-#: The last version this was run on. Later ones are used if they still have what is wrapped.
-TESTED = "0.32"
 #: Load formats that read what an engine saved: its own parameters, past their weight loaders.
 _NO_CHECKPOINT = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
 
@@ -39,47 +41,16 @@ def install() -> None:
     Raises:
         HostError: this version of vLLM is not supported; nothing was wrapped.
     """
-    problem = _problem()
-    if problem:
-        raise HostError(problem)
+    version = str(vllm.__version__)
+    record = getattr(loader_utils, "record_metadata_for_reloading", None)
+    check_version("vLLM", version, record, ["model"])
+    load = getattr(BaseModelLoader, "load_model", None)
+    check_version("vLLM", version, load, ["self", "vllm_config", "model_config"])
     wrap_innermost(_original_config)
     loader_utils.record_metadata_for_reloading = _before(
         loader_utils.record_metadata_for_reloading, prepare_model
     )
     BaseModelLoader.load_model = wrap_load_model(BaseModelLoader.load_model)
-
-
-def _problem() -> str:
-    """Why this vLLM is not supported; empty if it is."""
-    version = str(vllm.__version__)
-    try:
-        number = tuple(int(part) for part in version.split(".")[:2])
-    except ValueError:
-        number = MINIMUM  # a build from source: what it has decides
-    if number < MINIMUM:
-        return (
-            f"vLLM {version} is too old for folded checkpoints; "
-            f"pip install --upgrade 'vllm>={MINIMUM[0]}.{MINIMUM[1]}'"
-        )
-    record = getattr(loader_utils, "record_metadata_for_reloading", None)
-    load = getattr(BaseModelLoader, "load_model", None)
-    if _parameters(record) != ["model"] or _parameters(load)[:3] != [
-        "self",
-        "vllm_config",
-        "model_config",
-    ]:
-        return (
-            f"vLLM {version} loads models in a way this gemma-fold does not know (it was tested "
-            f"up to {TESTED}); upgrade gemma-fold, or install an earlier vLLM"
-        )
-    return ""
-
-
-def _parameters(function: Any) -> list[str]:
-    try:
-        return list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return []
 
 
 def _before(original: Callable[..., None], first: Callable[..., None]) -> Callable[..., None]:
