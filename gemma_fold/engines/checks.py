@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -109,22 +110,22 @@ def wrap_innermost(change: Callable[[Config, str], Config]) -> None:
     PreTrainedConfig.get_config_dict = classmethod(read_folded(original, change))
 
 
-def register_once(engine: str, install: Callable[[], None], logger: str) -> None:
-    """Run `install`, the first time in this process. Never raises.
+def register_once(engine: str, module: str, logger: str) -> None:
+    """Call `install()` of a module, the first time in this process. Never raises.
 
-    If `install` does, one warning gives the reason; the engine then serves what it always did, and
+    If that does, one warning gives the reason; the engine then serves what it always did, and
     a folded checkpoint is refused with the same words when its config is read.
 
     Args:
         engine: its name, for messages.
-        install: attaches all of gemma-fold, or raises before it changed anything.
+        module: its `install` attaches all of gemma-fold, or raises before it changed anything.
         logger: that the engine shows its users.
     """
     if engine in _registered:
         return
     _registered.add(engine)
     try:
-        install()
+        import_module(module).install()
     except Exception as error:
         problem = _explain(engine, error)
         logging.getLogger(logger).warning("gemma-fold is not attached: %s", problem)

@@ -7,11 +7,13 @@ name and decorators. A decorator is not run again: its wrapper is copied, around
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import textwrap
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 #: Flags of `from __future__ import`, which the compiler is given.
@@ -82,20 +84,8 @@ def rebuilt(code: Code, tree: ast.FunctionDef) -> Callable[..., Any]:
 def _compiled(code: Code, tree: ast.FunctionDef) -> types.CodeType:
     """The code object of `tree`, compiled where names mean what they mean in the original."""
     old = code.function
-    bare = ast.FunctionDef(
-        name=tree.name,
-        args=tree.args,
-        body=tree.body,
-        decorator_list=[],
-        returns=None,
-        type_comment=None,
-        lineno=tree.lineno,
-        col_offset=tree.col_offset,
-        end_lineno=tree.end_lineno,
-        end_col_offset=tree.end_col_offset,
-    )
-    if hasattr(tree, "type_params"):  # from Python 3.12 on
-        vars(bare)["type_params"] = tree.type_params
+    bare = copy.copy(tree)
+    bare.decorator_list, bare.returns = [], None
     module = ast.parse("def around(): pass")
     around = module.body[0]
     assert isinstance(around, ast.FunctionDef)
@@ -104,10 +94,9 @@ def _compiled(code: Code, tree: ast.FunctionDef) -> types.CodeType:
     body: ast.stmt = bare
     owner = old.__qualname__.split(".")[-2:-1]
     if owner and owner[0].isidentifier():  # private names and super() need their class
-        body = ast.ClassDef(name=owner[0], bases=[], keywords=[], body=[bare], decorator_list=[])
-        ast.copy_location(body, bare)
-        if hasattr(tree, "type_params"):
-            vars(body)["type_params"] = []
+        body = ast.parse(f"class {owner[0]}: pass").body[0]
+        assert isinstance(body, ast.ClassDef)
+        body.body = [bare]
     around.body = [body]
     ast.copy_location(around, bare)
     ast.fix_missing_locations(module)
@@ -127,15 +116,11 @@ def _find(code: types.CodeType, name: str) -> types.CodeType | None:
     return None
 
 
+_facts = attrgetter("co_code", "co_names", "co_varnames", "co_freevars")
+
+
 def _same(one: types.CodeType, two: types.CodeType) -> bool:
-    if (one.co_code, one.co_names, one.co_varnames, one.co_freevars) != (
-        two.co_code,
-        two.co_names,
-        two.co_varnames,
-        two.co_freevars,
-    ):
-        return False
-    if len(one.co_consts) != len(two.co_consts):
+    if _facts(one) != _facts(two) or len(one.co_consts) != len(two.co_consts):
         return False
     for first, second in zip(one.co_consts, two.co_consts, strict=True):
         if isinstance(first, types.CodeType) and isinstance(second, types.CodeType):
@@ -171,17 +156,17 @@ def _rewrapped(wrapper: types.FunctionType, inner: Any, new: Any) -> types.Funct
     itself = types.CellType()  # a wrapper that asks whether it is the outermost one
     for index in _cells(wrapper, wrapper):
         closure[index] = itself
-    copy = types.FunctionType(
+    rewrapped = types.FunctionType(
         wrapper.__code__,
         wrapper.__globals__,
         wrapper.__name__,
         wrapper.__defaults__,
         tuple(closure),
     )
-    copy = _dressed(copy, wrapper)
-    copy.__wrapped__ = new  # type: ignore[attr-defined]
-    itself.cell_contents = copy
-    return copy
+    rewrapped = _dressed(rewrapped, wrapper)
+    rewrapped.__wrapped__ = new  # type: ignore[attr-defined]
+    itself.cell_contents = rewrapped
+    return rewrapped
 
 
 def _dressed(new: types.FunctionType, old: types.FunctionType) -> types.FunctionType:

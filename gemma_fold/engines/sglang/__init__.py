@@ -24,10 +24,4 @@ def register() -> None:
     If SGLang lacks what gemma-fold attaches to, one warning gives the reason, and folded
     checkpoints are refused.
     """
-    register_once("SGLang", _install, "gemma_fold")
-
-
-def _install() -> None:
-    from gemma_fold.engines.sglang.plugin import register_hooks
-
-    register_hooks()
+    register_once("SGLang", "gemma_fold.engines.sglang.plugin", "gemma_fold")

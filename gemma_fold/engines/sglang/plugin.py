@@ -34,7 +34,7 @@ class Hook:
     parameters: tuple[str, ...]
 
 
-def register_hooks() -> None:
+def install() -> None:
     """Register every hook, or none.
 
     Raises:

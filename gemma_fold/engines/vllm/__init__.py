@@ -23,10 +23,4 @@ def register() -> None:
 
     If vLLM cannot be attached to, one warning gives the reason, and folded checkpoints are refused.
     """
-    register_once("vLLM", _install, "vllm.gemma_fold")
-
-
-def _install() -> None:
-    from gemma_fold.engines.vllm.plugin import install
-
-    install()
+    register_once("vLLM", "gemma_fold.engines.vllm.plugin", "vllm.gemma_fold")
