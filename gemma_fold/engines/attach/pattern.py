@@ -28,21 +28,16 @@ class Site:
     """One sandwich.
 
     Attributes:
-        post: the first norm, by attribute.
-        pre: the second; empty if the sum is returned.
-        dropout: between the first norm and the add, or empty.
-        left: whether the normed operand of the add is the left one.
-        post_node: the expression to change, as the other nodes are.
+        post: the first norm.
+        dropout: between it and the add, if there is one.
+        add: the residual add.
+        pre: the second norm; None if the sum is returned.
     """
 
-    post: str
-    pre: str
-    dropout: str
-    left: bool
-    post_node: ast.expr
-    dropout_node: ast.expr | None
-    add_node: ast.expr
-    pre_node: ast.expr | None
+    post: Value
+    dropout: Value | None
+    add: Value
+    pre: Value | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +46,12 @@ class Found:
 
     Attributes:
         sites: its sandwiches.
-        entry: the norm of the hidden states as they come in, or empty.
-        entry_node: its call.
+        entry: the norm of the hidden states as they come in, if there is one.
         missing: norms that are part of no site, each with the reason.
     """
 
     sites: tuple[Site, ...]
-    entry: str
-    entry_node: ast.expr | None
+    entry: Value | None
     missing: tuple[tuple[str, str], ...]
 
 
@@ -79,11 +72,9 @@ def find(
     finder = _Finder(flow)
     values = list(flow.values("norm"))
     sites = finder.sites(values)
-    taken = {id(node) for site in sites for node in (site.post_node, site.pre_node)}
-    entry = next((v for v in values if finder.is_entry(v) and id(v.node) not in taken), None)
-    used = {name for site in sites for name in (site.post, site.pre)}
-    if entry is not None:
-        used.add(entry.name)
+    taken = [*(site.post for site in sites), *(site.pre for site in sites if site.pre is not None)]
+    entry = next((v for v in values if finder.is_entry(v) and v not in taken), None)
+    used = {value.name for value in (*taken, entry) if value is not None}
     # The norm of a sum has no other reason than the norm before that sum.
     used |= {value.name for value in values if value.inputs[0].kind == "add"}
     missing = [
@@ -91,12 +82,7 @@ def find(
         for name in dict.fromkeys([*(value.name for value in values), *norms])
         if name not in used
     ]
-    return Found(
-        tuple(sites),
-        entry.name if entry is not None else "",
-        entry.node if entry is not None else None,
-        tuple(missing),
-    )
+    return Found(tuple(sites), entry, tuple(missing))
 
 
 class _Finder:
@@ -139,24 +125,11 @@ class _Finder:
             return "its output is added to itself", None
         if not _one_run(post, dropout, add):
             return "the residual add is in another branch", None
-        left = add.inputs[0] is normed
         between = self._flow.deeds(post, add)
         if between:
             return f"before the residual add comes {between[0]}", None
         problem, pre = self._next(add)
-        if problem:
-            return problem, None
-        assert post.node is not None
-        return "", Site(
-            post.name,
-            pre.name if pre is not None else "",
-            dropout.name if dropout is not None else "",
-            left,
-            post.node,
-            dropout.node if dropout is not None else None,
-            add.node,
-            pre.node if pre is not None else None,
-        )
+        return problem, None if problem else Site(post, dropout, add, pre)
 
     def _next(self, add: Value) -> tuple[str, Value | None]:
         """The norm of the sum; nothing if the sum is returned instead."""
@@ -176,8 +149,9 @@ class _Finder:
 
 
 def _overlaps(site: Site, others: list[Site]) -> bool:
-    taken = {id(node) for other in others for node in (other.add_node, other.pre_node)}
-    return id(site.add_node) in taken or id(site.post_node) in taken
+    return any(
+        value in (other.add, other.pre) for other in others for value in (site.add, site.post)
+    )
 
 
 def _only_user(value: Value) -> Value | None:
@@ -206,9 +180,10 @@ def rewrite(tree: ast.FunctionDef, found: Found) -> ast.FunctionDef:
     changes: dict[int, _Replace] = {}
     for number, site in enumerate(found.sites):
         _site(changes, site, first, f"_gemma_fold_{number}")
-    if found.entry_node is not None:
-        changes[id(found.entry_node)] = lambda node: _call(
-            first, "_entered", [_argument(node), ast.Constant(found.entry)]
+    if found.entry is not None:
+        name = ast.Constant(found.entry.name)
+        changes[id(found.entry.node)] = lambda node: _call(
+            first, "_entered", [_argument(node), name]
         )
     changed = _Rewriter(changes).visit(tree)
     assert isinstance(changed, ast.FunctionDef)
@@ -216,19 +191,18 @@ def rewrite(tree: ast.FunctionDef, found: Found) -> ast.FunctionDef:
 
 
 def _site(changes: dict[int, _Replace], site: Site, first: str, pair: str) -> None:
-    changes[id(site.post_node)] = _argument
-    if site.dropout_node is not None:
-        changes[id(site.dropout_node)] = _argument
+    normed = site.dropout or site.post
+    changes[id(site.post.node)] = changes[id(normed.node)] = _argument
+    names = [site.post.name, *([site.pre.name] if site.pre is not None else [])]
+    names.append(site.dropout.name if site.dropout is not None else "")
 
     def fused(node: ast.expr) -> ast.expr:
         assert isinstance(node, ast.BinOp)
-        operands = [node.left, node.right, ast.Constant(site.left)]
-        if not site.pre:
-            names = [ast.Constant(name) for name in (site.post, site.dropout)]
-            return _call(first, "_left", [*operands, *names])
-        names = [ast.Constant(name) for name in (site.post, site.pre, site.dropout)]
-        call = _call(first, "_fused", [*operands, *names])
-        kept = ast.NamedExpr(ast.Name(pair, ast.Store()), call)
+        left = ast.Constant(site.add.inputs[0] is normed)
+        operands = [node.left, node.right, left, *map(ast.Constant, names)]
+        if site.pre is None:
+            return _call(first, "_left", operands)
+        kept = ast.NamedExpr(ast.Name(pair, ast.Store()), _call(first, "_fused", operands))
         return ast.Subscript(kept, ast.Constant(0), ast.Load())
 
     def popped(node: ast.expr) -> ast.expr:
@@ -239,9 +213,9 @@ def _site(changes: dict[int, _Replace], site: Site, first: str, pair: str) -> No
         both = ast.Tuple([argument, value], ast.Load())  # the add may be inside, and comes first
         return ast.Subscript(both, ast.Constant(1), ast.Load())
 
-    changes[id(site.add_node)] = fused
-    if site.pre_node is not None:
-        changes[id(site.pre_node)] = popped
+    changes[id(site.add.node)] = fused
+    if site.pre is not None:
+        changes[id(site.pre.node)] = popped
 
 
 def _argument(node: ast.expr) -> ast.expr:

@@ -95,7 +95,8 @@ def _plan(shape: Shape, forward_now: Callable[..., Any]) -> Plan:
         forward = code.rebuilt(read, pattern.rewrite(read.tree, found))
     except (code.Unreadable, Unfollowable) as error:
         return Plan(missing=(("", str(error)),))
-    return Plan(forward, len(found.sites), found.entry, found.missing, read.tree)
+    entry = found.entry.name if found.entry is not None else ""
+    return Plan(forward, len(found.sites), entry, found.missing, read.tree)
 
 
 def proved(layer: nn.Module, plan: Plan, fused: type[nn.Module], link: Link) -> str:
