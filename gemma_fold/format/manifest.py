@@ -161,7 +161,7 @@ class Manifest:
         made_by: what wrote the folder: `CONVERTED` can be made again from its source.
         written: BLAKE3 of the texts that were made anew, config.json and the weight index, by name.
         version: of the gemma-fold that wrote it.
-        intact: whether the text is what was written, by its own digest; None where it has none.
+        intact: whether the text is what was written, by its own digest; None if it has none.
     """
 
     origin: Origin

@@ -52,6 +52,19 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredNorm:
+    """One side's tensor as it is stored; `gamma` is whether it holds gamma, by the checkpoint."""
+
+    raw: bytes
+    dtype: str
+    gamma: bool
+
+    def gain(self, rule: Fold) -> Float32:
+        """The float32 number that multiplies x_hat."""
+        return decode(self.raw, self.dtype) if self.gamma else fold(self.raw, self.dtype, rule)
+
+
+@dataclass(frozen=True, slots=True)
 class NormStats:
     """One norm on both sides, as gains in float32.
 
@@ -75,25 +88,6 @@ class NormStats:
     max_rel: float
     max_ulp: int
     histogram: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredNorm:
-    """One side's tensor as it is stored.
-
-    Attributes:
-        raw: its bytes.
-        dtype: of them.
-        gamma: whether it holds gamma, according to the checkpoint.
-    """
-
-    raw: bytes
-    dtype: str
-    gamma: bool
-
-    def gain(self, rule: Fold) -> Float32:
-        """The float32 number that multiplies x_hat."""
-        return decode(self.raw, self.dtype) if self.gamma else fold(self.raw, self.dtype, rule)
 
 
 def compare_norm(a: StoredNorm, b: StoredNorm, rule: Fold) -> tuple[TensorClass, str, NormStats]:
