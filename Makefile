@@ -91,8 +91,8 @@ check: venv ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: venv .cache/gemma-3-270m ## make the generated parts of the documents anew
-	$(BIN)/python docs/generate.py
+docs: venv .cache/gemma-3-270m ## make the tables and pictures of the documents anew
+	$(BIN)/python -m benchmarks.report
 
 lock: ## write every constraints*.txt anew, from what is released today
 	$(PYTHON) tools/lock.py

@@ -1,4 +1,4 @@
-"""The q and k operators that benchmarks/norms.py compares, on views of one fused qkv tensor.
+"""The q and k operators that `benchmarks.norms` compares, on views of one fused qkv tensor.
 
 Peers launch once for q and once for k. With rotary embedding everyone reads the same fp32 table of
 cosines and sines, the only kind FlashInfer takes.
@@ -12,11 +12,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from norm_peers import EPS, Call, flashinfer_backend
 from torch import Tensor
 
+from benchmarks.graph_timing import Call
+from benchmarks.norm_peers import EPS, flashinfer_backend
+from benchmarks.result import OURS
 from gemma_fold import ops
-from gemma_fold.ops import reference
+from gemma_fold.ops.operators.qk_rms_norm_rope import rotate
 
 POSITIONS = 32768
 Pair = tuple[Tensor, Tensor]
@@ -83,7 +85,7 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def _rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> Pair:
     rows = cos_sin[positions]
-    return reference.rotate(q, rows, None, False), reference.rotate(k, rows, None, False)
+    return rotate(q, rows, None, False), rotate(k, rows, None, False)
 
 
 def _norm_rope(q: Tensor, k: Tensor, weight: Tensor, cos_sin: Tensor, positions: Tensor) -> Pair:
@@ -106,7 +108,7 @@ def one_after_another(*calls: Call) -> Call:
 def head_calls(op: str, b: HeadBuffers, modules: dict[str, Any]) -> dict[str, Call]:
     """Every implementation of a q and k operator that exists here."""
     fi = modules.get("flashinfer") if modules.get("flashinfer-cute") else None
-    found = {"gemma_fold": ours(op, b)}
+    found = {OURS: ours(op, b)}
     if op == "qk_rms_norm":
         if fi:
             found["flashinfer+flashinfer"] = flashinfer_norms(fi, b)
@@ -131,7 +133,7 @@ def check(op: str, heads: tuple[int, int, int]) -> None:
         x64 = x.double()
         y = x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + EPS) * g
         if op == "qk_rms_norm_rope":
-            y = reference.rotate(y, b.cos_sin.double(), b.positions, False)
+            y = rotate(y, b.cos_sin.double(), b.positions, False)
         want.append(y)
     ours(op, b)(0)
     for got, exact in zip(b.pairs[0], want, strict=True):

@@ -4,6 +4,7 @@
     gemma_fold.convert(source, out)     fold a checkpoint on disk
     gemma_fold.verify(folded)           check one that was folded
     gemma_fold.unfold(folded, out)      the very bytes it was made from
+    gemma_fold.check(file, against=a)   whether a converter got the +1 of every norm right
     gemma_fold.diff(a, b)               compare two checkpoints, or what two models answer
     gemma_fold.load(path_or_hub_id)     a folded checkpoint as a transformers model
     gemma_fold.fold_model(model)        the same for a model already in memory
@@ -32,6 +33,7 @@ from gemma_fold.errors import (
 if TYPE_CHECKING:
     from gemma_fold import ops
     from gemma_fold.checkpoint.progress import Progress
+    from gemma_fold.commands.check import CheckReport, check
     from gemma_fold.commands.convert import ConversionReport, convert
     from gemma_fold.commands.inspect import Inspection, inspect
     from gemma_fold.commands.unfold import unfold
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 #: Where each name that is imported on first use lives: as in the block above.
 _HOME = {
+    "CheckReport": "commands.check",
     "ConversionReport": "commands.convert",
     "DiffLimits": "compare.report.verdict",
     "DiffOptions": "compare.run",
@@ -50,6 +53,7 @@ _HOME = {
     "Inspection": "commands.inspect",
     "Progress": "checkpoint.progress",
     "VerifyReport": "commands.verify",
+    "check": "commands.check",
     "convert": "commands.convert",
     "diff": "compare.run",
     "fold_model": "engines.transformers.weights",
@@ -63,6 +67,7 @@ _HOME = {
 
 __all__ = [
     "AlreadyFoldedError",
+    "CheckReport",
     "CheckpointError",
     "ConversionReport",
     "DiffLimits",
@@ -77,6 +82,7 @@ __all__ = [
     "UsageError",
     "VerifyReport",
     "__version__",
+    "check",
     "convert",
     "diff",
     "fold_model",

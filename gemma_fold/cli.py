@@ -36,6 +36,7 @@ def cli() -> None:
       gemma-fold convert gemma-3-270m -o gemma-3-270m-folded
       gemma-fold verify gemma-3-270m-folded --against gemma-3-270m
       gemma-fold unfold gemma-3-270m-folded -o gemma-3-270m-again
+      gemma-fold check gemma-3-270m.gguf --against gemma-3-270m
       gemma-fold diff gemma-3-270m gemma-3-270m-folded
       gemma-fold serve gemma-3-270m-folded
       gemma-fold doctor gemma-3-270m-folded
@@ -183,6 +184,58 @@ def unfold(folded: str, out: str, resume: bool, restart: bool, as_json: bool) ->
 
 
 @cli.command()
+@click.argument("file", required=False)
+@click.option("--against", metavar="ORIGINAL", help="The checkpoint that FILE was made from.")
+@click.option(
+    "--tensor",
+    "tensors",
+    multiple=True,
+    metavar="NAME=FILE.npy",
+    help="A norm that your runtime holds, instead of FILE; - is standard input. Repeat for more.",
+)
+@click.option(
+    "--expect",
+    type=click.Choice(["w", "gamma"]),
+    help="What the norms should hold, where it is not what the format says. Tensors: gamma.",
+)
+@click.option(
+    "--all", "every", is_flag=True, help="List every norm, not only those that are wrong."
+)
+@_json_option
+def check(
+    file: str | None,
+    against: str | None,
+    tensors: tuple[str, ...],
+    expect: str | None,
+    every: bool,
+    as_json: bool,
+) -> None:
+    """Say whether the converter that wrote FILE got the +1 of every norm right.
+
+    FILE is a GGUF file, an MLX, AWQ, GPTQ, compressed-tensors, bitsandbytes or folded folder, any
+    other safetensors folder, or a Hub id; so is ORIGINAL. Only headers and norms are read. Without
+    ORIGINAL, only what the numbers of FILE show by themselves is told.
+
+    Exits with 0 if the norms are right, with 1 if they are wrong, with 2 if FILE cannot be read or
+    does not tell, and with 3 if no rule knows the model.
+
+    \b
+    Examples:
+      gemma-fold check gemma-3-270m.gguf --against google/gemma-3-270m
+      gemma-fold check ./gemma-3-270m-mlx-4bit --against ./gemma-3-270m --json
+      gemma-fold check ./published.gguf
+      gemma-fold check --against ./gemma-3-270m --tensor blk.0.attn_norm=gain.npy
+    """
+    from gemma_fold.commands import check_text
+    from gemma_fold.commands.check import check as run
+    from gemma_fold.commands.check import to_json
+
+    found = run(file, against=against, tensors=tensors, expect=expect)
+    _print(as_json, lambda: to_json(found), lambda: check_text.text(found, every=every))
+    sys.exit(found.verdict.exit_code)
+
+
+@cli.command()
 @click.argument("a")
 @click.argument("b")
 @click.option("--structure-only", is_flag=True, help="Headers and configs only: no download.")
@@ -195,8 +248,8 @@ def unfold(folded: str, out: str, resume: bool, restart: bool, as_json: bool) ->
     "--engine",
     multiple=True,
     metavar="ENGINE",
-    help="transformers (default); vllm, or the address of an OpenAI-compatible server, whose top "
-    "log-probabilities are compared. Twice: for A, then for B.",
+    help="transformers (default); vllm, sglang, or the address of an OpenAI-compatible server, "
+    "whose top log-probabilities are compared. Twice: for A, then for B.",
 )
 @click.option("--text", type=_path, metavar="FILE", help="Read this instead of the bundled text.")
 @click.option("--context", default=1024, show_default=True, help="Tokens in a window.")

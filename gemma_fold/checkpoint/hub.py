@@ -8,7 +8,7 @@ imported only when a Hub id is used.
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,27 @@ def fetch_headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint
     result = RemoteCheckpoint(repo_id, remote.commit, config, index, headers, files)
     _check_complete(result)
     return result
+
+
+def open_ranges(checkpoint: RemoteCheckpoint) -> Callable[[str, int, int], bytes]:
+    """What returns the bytes [begin, end) of a file of `checkpoint`, by one request each.
+
+    It raises HostError where the Hub cannot be reached.
+    """
+    remote = _Remote(checkpoint.repo_id, checkpoint.commit, checkpoint.files)
+
+    def read(name: str, begin: int, end: int) -> bytes:
+        with _explained(checkpoint.repo_id, checkpoint.commit):
+            return remote.read(name, begin, end)
+
+    return read
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set, so that only the cache can answer."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def download(repo_id: str, revision: str | None = None) -> tuple[Path, str]:

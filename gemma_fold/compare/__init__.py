@@ -6,6 +6,9 @@ structure  names, shapes, dtypes and config keys
 weights    bytes, and the arithmetic of norms; no torch
 outputs    what transformers, vLLM or a server answers, and its statistics
 report     the verdict, and what people and programs get to see of it
+
+files      for `check`: norms in the formats of other tools
+offsets    for `check`: where their +1 is
 """
 
 from gemma_fold.compare.report.verdict import DiffLimits, DiffReport, Verdict

@@ -21,12 +21,15 @@ from gemma_fold.compare.report.verdict import DiffLimits, DiffReport, SideInfo, 
 from gemma_fold.compare.sides import Side, open_headers, open_side
 from gemma_fold.compare.structure import compare_structure
 from gemma_fold.compare.weights.tensors import compare_weights
+from gemma_fold.engines.mode import requested_mode
 from gemma_fold.errors import CheckpointError, UnsupportedModelError, UsageError
 
 Result = TypeVar("Result")
 
 _SHOWN_PACKAGES = ("numpy", "safetensors")
-_SHOWN_FOR_OUTPUTS = ("torch", "transformers", "vllm")
+_SERVED = ("vllm", "sglang")  # the keys of outputs.engines.ENGINES, which imports torch
+_ENGINES = ("transformers", *_SERVED)
+_SHOWN_FOR_OUTPUTS = ("torch", *_ENGINES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,8 @@ class DiffOptions:
     Attributes:
         structure_only: read headers and configs and nothing else.
         outputs: run both sides; None means if that is possible.
-        engines: what runs A and B: `transformers`, `vllm`, or the address of a server. Empty
-            means transformers for both, one means the same for both.
+        engines: what runs A and B: `transformers`, `vllm`, `sglang`, or the address of a server.
+            Empty means transformers for both, one means the same for both.
         text: a file to read instead of the bundled text.
         context: tokens in a window.
         prompts: greedy continuations, at most four.
@@ -133,9 +136,9 @@ def _engines(a: str, b: str, options: DiffOptions) -> tuple[str, str]:
         raise UsageError("--engine is for both sides, or once for A and once for B: at most two")
     given = options.engines or ("transformers",)
     for engine in given:
-        if engine not in ("transformers", "vllm") and not is_url(engine):
+        if engine not in _ENGINES and not is_url(engine):
             raise UsageError(
-                f"--engine {engine} is unknown; use transformers, vllm, or the address of a "
+                f"--engine {engine} is unknown; use {', '.join(_ENGINES)}, or the address of a "
                 "server such as http://127.0.0.1:8000"
             )
     first, second = given[0], given[-1]
@@ -149,10 +152,15 @@ def _check(options: DiffOptions, a: str, b: str, engines: tuple[str, str]) -> No
         raise UsageError("a server can only be compared by its outputs; leave out --no-outputs")
     if any(e != "transformers" for e in engines) and (options.save_logits or options.logits):
         raise UsageError(
-            "servers and vLLM return no logits; --save-logits and --logits need transformers"
+            "servers, vLLM and SGLang return no logits; "
+            "--save-logits and --logits need transformers"
         )
-    if "vllm" in engines and options.device != "auto":
-        raise UsageError("--device is for transformers; vllm uses the GPUs in CUDA_VISIBLE_DEVICES")
+    served = {*_SERVED} & {*engines}
+    if served and options.device != "auto":
+        raise UsageError(
+            "--device is for transformers; "
+            f"CUDA_VISIBLE_DEVICES chooses the GPUs of {' and '.join(sorted(served))}"
+        )
     if options.save_logits and options.logits:
         raise UsageError("give --save-logits or --logits, not both")
     if options.outputs is False and (options.save_logits or options.logits):
@@ -183,18 +191,22 @@ def _plan_outputs(
     sides: list[Side | None], engines: tuple[str, str], options: DiffOptions
 ) -> Callable[[Progress], Outputs]:
     # Torch is imported from here on, and only here.
+    from gemma_fold.compare.outputs.backend import EngineSide
+    from gemma_fold.compare.outputs.engines import ENGINES
     from gemma_fold.compare.outputs.logits import Settings, compare_full, open_logits
     from gemma_fold.compare.outputs.tokens import make_tokens
     from gemma_fold.compare.outputs.top_k import compare_top
     from gemma_fold.compare.outputs.transformers import DTYPES, import_transformers, pick_device
-    from gemma_fold.compare.outputs.vllm import VllmSide, import_vllm
 
     if options.dtype not in DTYPES:
         raise UsageError(f"--dtype {options.dtype} is unknown; use one of {', '.join(DTYPES)}")
     if "transformers" in engines:
         import_transformers()
-    if "vllm" in engines:
-        import_vllm()
+    served = [engine for engine in ENGINES if engine in engines]
+    if served:
+        requested_mode()  # an error here, rather than in a process of an engine
+    for engine in served:
+        ENGINES[engine].prepare()
     settings = Settings(
         options.dtype,
         pick_device(options.device),
@@ -204,13 +216,16 @@ def _plan_outputs(
     )
     tokens = None
     if any(sides):
-        tokens = make_tokens(sides[0], sides[1], options.text, options.context, options.prompts)
+        room = 1 if served else 0  # an engine continues what it reads by a token
+        tokens = make_tokens(
+            sides[0], sides[1], options.text, options.context, options.prompts, room
+        )
 
-    def party(side: Side | None, engine: str) -> Side | Endpoint | VllmSide:
+    def party(side: Side | None, engine: str) -> Side | Endpoint | EngineSide:
         if is_url(engine):
             return Endpoint(engine, options.timeout)
         assert side is not None
-        return VllmSide(side) if engine == "vllm" else side
+        return EngineSide(side, engine) if engine in ENGINES else side
 
     one, two = map(party, sides, engines)
     if isinstance(one, Side) and isinstance(two, Side) and tokens:

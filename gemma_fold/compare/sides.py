@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,15 @@ def open_headers(source: Source) -> Side:
     return _side(os.fspath(source), remote.commit, None, remote.config, remote.headers, others)
 
 
+def original_config(
+    config: Mapping[str, Any], files: Collection[str], where: Path
+) -> tuple[Mapping[str, Any], bool]:
+    """The original's config, and whether the checkpoint is folded: by its config or a manifest."""
+    marked = config.get("model_type") == MODEL_TYPE
+    base = unwrap_config(config, where) if marked else config
+    return base, marked or MANIFEST in files
+
+
 def _side(
     name: str,
     commit: str | None,
@@ -84,9 +93,7 @@ def _side(
     headers: Mapping[str, Header],
     files: Mapping[str, int],
 ) -> Side:
-    marked = config.get("model_type") == MODEL_TYPE
-    folded = marked or MANIFEST in files
-    base = unwrap_config(config, Path(name)) if marked else config
+    base, folded = original_config(config, files, Path(name))
     shapes = {t.name: _squeeze(t.shape) for h in headers.values() for t in h.tensors.values()}
     found = classify(base, shapes)
     folds = {n: rule.fold for n, rule in found.zero_centred().items() if rule.fold is not None}

@@ -1,6 +1,10 @@
-"""A gamma and the raw w that it was made of, as tensors."""
+"""A gamma and the raw w that it was made of, as tensors, and the manifest that has both."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,7 +12,8 @@ from torch import Tensor
 
 from gemma_fold.errors import CheckpointError
 from gemma_fold.format import arithmetic
-from gemma_fold.format.manifest import FoldedTensor
+from gemma_fold.format.manifest import FoldedTensor, read_manifest
+from gemma_fold.format.names import MANIFEST
 
 
 def fold(weight: Tensor, offset: float) -> Tensor:
@@ -52,3 +57,22 @@ def original_weight(gamma: Tensor, folded: FoldedTensor) -> Tensor:
     raw = arithmetic.unfold(values, folded.dtype, folded.fold, folded.exceptions)
     stored = torch.from_numpy(arithmetic.decode(raw, folded.dtype)).to(gamma.device)
     return torch.where(fold(stored, offset) == gamma, stored, subtracted)
+
+
+def folded_tensors(name: str, revision: str | None) -> Mapping[str, FoldedTensor]:
+    """The folded tensors that a manifest lists, by name.
+
+    Args:
+        name: a folder or a Hub id.
+        revision: of a Hub id.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+        OSError: the Hub does not give it.
+    """
+    folder = name
+    if not os.path.isdir(name):
+        from transformers.utils import cached_file
+
+        folder = os.path.dirname(str(cached_file(name, MANIFEST, revision=revision)))
+    return read_manifest(Path(folder)).tensors

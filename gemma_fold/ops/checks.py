@@ -7,6 +7,7 @@ a Python error, never read wrongly.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -14,11 +15,17 @@ from torch import Tensor
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_HIDDEN, MAX_HIDDEN = 1, 16384
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def supports(x: Tensor) -> bool:
     """Whether the norm kernels take rows of this dtype and width."""
     return x.dtype in ACTIVATION_DTYPES and x.shape[-1] <= MAX_HIDDEN
+
+
+def reference_runs(x: Tensor) -> bool:
+    """Whether ``x`` lies where no kernel runs."""
+    return not (x.is_cuda or INTERPRETED)
 
 
 def check_activation(x: Tensor, name: str) -> None:
@@ -56,44 +63,6 @@ def check_same(other: Tensor, x: Tensor, name: str) -> None:
         raise ValueError(f"{name} has shape {list(other.shape)} but x has {list(x.shape)}")
     if other.device != x.device:
         raise ValueError(f"{name} is on {other.device} but x is on {x.device}")
-
-
-def check_rotary(cos_sin: Tensor, positions: Tensor | None, q: Tensor) -> None:
-    """``cos_sin`` must hold a row for each token of ``q`` [..., heads, head_dim], or a table."""
-    if cos_sin.dtype not in (q.dtype, torch.float32):
-        raise TypeError(f"cos_sin must be float32 or {q.dtype} as q is, not {cos_sin.dtype}")
-    if cos_sin.device != q.device:
-        raise ValueError(f"cos_sin is on {cos_sin.device} but q is on {q.device}")
-    lead = list(q.shape[:-2])
-    if positions is None:
-        if cos_sin.dim() == 0 or list(cos_sin.shape[:-1]) != lead:
-            raise ValueError(
-                f"cos_sin has shape {list(cos_sin.shape)}; without positions it must be one row "
-                f"for each token, {[*lead, 'rotary_dim']}"
-            )
-    elif cos_sin.dim() != 2 or cos_sin.shape[0] == 0:
-        raise ValueError(
-            f"cos_sin must be [max_positions, rotary_dim], not {list(cos_sin.shape)}, "
-            "to be indexed by positions"
-        )
-    else:
-        _check_positions(positions, lead, q.device)
-    if cos_sin.shape[-1] % 2 or not 2 <= cos_sin.shape[-1] <= q.shape[-1]:
-        raise ValueError(
-            f"cos_sin has {cos_sin.shape[-1]} columns; rotary_dim must be even and at most the "
-            f"head_dim of {q.shape[-1]}"
-        )
-
-
-def _check_positions(positions: Tensor, shape: list[int], device: torch.device) -> None:
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"positions must be int32 or int64, not {positions.dtype}")
-    if list(positions.shape) != shape:
-        raise ValueError(f"positions must be {shape}, one a token, not {list(positions.shape)}")
-    if positions.device != device:
-        raise ValueError(f"positions is on {positions.device} but q is on {device}")
-    if not positions.is_contiguous():
-        raise ValueError("positions must be contiguous")
 
 
 def check_scale(scale: Tensor | None, x: Tensor) -> None:

@@ -10,7 +10,6 @@ the same kernel with more host time.
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -20,17 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
-from gemma_fold.ops.checks import row_stride, row_strides, token_stride
-from gemma_fold.ops.kernels.add_rms_norm import add_rms_norm_kernel
-from gemma_fold.ops.kernels.qk_rms_norm import qk_rms_norm_kernel
-from gemma_fold.ops.kernels.qk_rms_norm_rope import qk_rms_norm_rope_kernel
-from gemma_fold.ops.kernels.rms_norm import rms_norm_kernel
-from gemma_fold.ops.kernels.rms_norm_add_rms_norm import rms_norm_add_rms_norm_kernel
-from gemma_fold.ops.kernels.rms_norm_backward import rms_norm_backward_kernel
-from gemma_fold.ops.kernels.rows import AT_END, EARLY, NO_PDL
-from gemma_fold.ops.tuning import heads_config, row_config
+from gemma_fold.ops.checks import INTERPRETED, row_stride, row_strides, token_stride
+from gemma_fold.ops.kernels.rows import AT_END, EARLY, FIRST, LAST, LATE, NO_PDL, WITH_ROWS
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 #: The first and the last version of Triton whose launcher was read; 3.6 is what was measured.
 _DIRECT_VERSIONS = (3, 6), (3, 9)
 #: What its launchers take before the kernel's arguments: the second spells out four of the first.
@@ -42,7 +33,26 @@ _LAUNCHERS = (
     ],
 )
 MAX_ROWS = 2**31 - 1  # the row number is a 32-bit program id
-_BACKWARD_PROGRAMS_PER_SM = 4
+
+# Which shape of kernel runs is measured once and never searched for at run time. Figures are from
+# H100s (benchmarks/norms.py times the result). How many warps share a row fixes the order of its
+# sum, so it depends on the row alone; what depends on the number of rows changes no bit. Programs
+# that keep gamma in registers and take one row after another, with loads pipelined through shared
+# memory or not, were slower than one program a row wherever tried (1024, 4096 and 16384 rows).
+
+# (largest row in bytes, warps), in ascending order. One table for all operators, so that a fused
+# operator sums in the order of the operators it replaces and equals them bit for bit.
+_WARPS = ((2560, 1), (8192, 4), (16384, 8))
+_MOST_WARPS = 16
+#: Rows up to which every program has an SM to itself, whose L2 traffic it need not share.
+LONE_ROWS = 128
+#: Rows at which the programs of one kernel no longer fit on the GPU all at once.
+MANY_ROWS = 512
+# Rows from which short ones fill the GPU several times over.
+_CROWDED_ROWS = 1024
+# Bytes of all heads above which a program takes twice as many.
+_MANY_HEAD_BYTES = 2 << 20
+
 # Absent from builds without CUDA, where nothing asks for them.
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -154,7 +164,12 @@ class Plan:
             )
 
 
-def _steps(x: Tensor, strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+def on_nvidia() -> bool:
+    """Whether kernels are compiled for NVIDIA: neither for ROCm nor interpreted."""
+    return not INTERPRETED and torch.version.hip is None
+
+
+def steps(x: Tensor, strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     """Strides as multiples of a unit: the elements in 16 bytes, where all of them allow it.
 
     ``step * UNIT`` shows the compiler that rows keep 16-byte alignment.
@@ -166,64 +181,90 @@ def _steps(x: Tensor, strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     return vector, tuple(stride // vector for stride in strides)
 
 
-def _row_count(elements: int, hidden: int) -> int:
-    rows = elements // hidden
+def row_size(*tensors: Tensor) -> tuple[int, int]:
+    """How many rows the tensors have together, and the bytes of a row.
+
+    Raises ValueError for more rows than a kernel can number.
+    """
+    x = tensors[0]
+    rows = sum(tensor.numel() for tensor in tensors) // x.shape[-1]
     if rows > MAX_ROWS:
         raise ValueError(f"{rows} rows; at most {MAX_ROWS} are supported")
-    return rows
+    return rows, x.shape[-1] * x.element_size()
 
 
-def _plan_rows(
+@cache
+def warps_per_row(row_bytes: int) -> int:
+    """Warps that share one row of ``row_bytes`` bytes of activations."""
+    for limit, warps in _WARPS:
+        if row_bytes <= limit:
+            return warps
+    return _MOST_WARPS
+
+
+def _signals_late(fp8: bool, row_bytes: int, rows: int) -> bool:
+    """Whether the next kernel starts late. A queue of early ones would crowd onto a few SMs."""
+    if warps_per_row(row_bytes) == 1:
+        return fp8 and rows > 64
+    if rows <= LONE_ROWS:
+        return row_bytes > 8192 or rows > 16
+    return fp8 and rows <= 2 * LONE_ROWS and row_bytes <= 8192
+
+
+def plan_rows(
     kernel: Any,
-    name: str,
     x: Tensor,
-    strides: tuple[int, ...],
+    residual: Tensor | None,
     fp8: str | None,
-    heads: tuple[int, int] | None = None,
+    *,
+    crowded: int | None = None,
+    pair: bool = False,
+    late: bool = False,
+    late_gamma: bool = False,
+    fence: bool = True,
 ) -> Plan:
-    """``heads``: their number and stride, for a kernel that takes them."""
-    hidden, itemsize = x.shape[-1], x.element_size()
-    rows = _row_count(x.numel(), hidden)
-    unit, steps = _steps(x, strides if heads is None else (*strides, heads[1]))
-    config = row_config(name, fp8 is not None, hidden * itemsize, rows)
+    """The plan of a kernel over rows; one without a residual takes heads of a wider tensor, too.
+
+    fp8: "static" or "per_token" for e4m3 output. crowded: short rows in one program where they fill
+    the GPU several times over. pair: a program takes two rows elsewhere. late: the next kernel
+    starts late, also where others let it start early. late_gamma: gamma is loaded when it is
+    needed, not with the rows. fence: all loads are issued before any arithmetic.
+    """
+    rows, row_bytes = row_size(x)
+    warps = warps_per_row(row_bytes)
+    together = 2 if pair else 1
+    if row_bytes % 16:
+        together = 1  # rows that miss 16-byte alignment are laid out by how many share a program
+    elif rows > _CROWDED_ROWS and warps == 1:
+        together = crowded or (4 if row_bytes <= 1536 and not fp8 else 1)
+    of_heads = {}
+    if residual is None:
+        stride, heads, head_stride = row_strides(x, "x")
+        unit, (*taken, head_step) = steps(x, (stride, head_stride))
+        of_heads = {"HEADS": heads, "HEAD_STEP": head_step}
+    else:
+        strides = row_stride(x, "x"), row_stride(residual, "residual")
+        unit, (*taken,) = steps(x, strides)
+    late = late or _signals_late(fp8 is not None, row_bytes, rows)
+    gamma = FIRST if rows <= LONE_ROWS else LAST if late_gamma else WITH_ROWS
     constants = {
         "UNIT": unit,
-        "H": hidden,
-        "CHUNK": config.warps * 32 * (16 // itemsize),
-        "M": config.together,
+        "H": x.shape[-1],
+        "CHUNK": warps * 32 * (16 // x.element_size()),
+        "M": together,
         "PER_TOKEN": fp8 == "per_token",
-        "NVIDIA": not INTERPRETED and torch.version.hip is None,
-        "PDL": config.pdl,
-        "FENCE": config.fence,
-        "GAMMA": config.gamma,
-        "STORE": config.store,
+        "NVIDIA": on_nvidia(),
+        "PDL": LATE.value if late else EARLY.value,
+        "FENCE": fence and not (together > 1 and rows <= 2 * LONE_ROWS),
+        "GAMMA": gamma.value,
+        "STORE": ".cg" if rows > MANY_ROWS and row_bytes > 2048 else "",
+        **of_heads,
     }
-    if heads is not None:
-        constants |= {"HEADS": heads[0], "HEAD_STEP": steps[-1]}
-        steps = steps[:-1]
-    programs = -(-rows // config.together)
-    return Plan(kernel, x, programs, (rows, *steps), constants, config.warps * config.together)
+    programs = -(-rows // together)
+    return Plan(kernel, x, programs, (rows, *taken), constants, warps * together)
 
 
-def plan_rms_norm(x: Tensor, fp8: str | None = None) -> Plan:
-    """Called with ``(x, gamma, y, scale), (eps,)``."""
-    stride, heads, head_stride = row_strides(x, "x")
-    return _plan_rows(rms_norm_kernel, "rms_norm", x, (stride,), fp8, (heads, head_stride))
-
-
-def plan_add_rms_norm(x: Tensor, residual: Tensor, fp8: str | None = None) -> Plan:
-    """Called with ``(x, residual, gamma, y, total, scale), (eps,)``."""
-    strides = (row_stride(x, "x"), row_stride(residual, "residual"))
-    return _plan_rows(add_rms_norm_kernel, "add_rms_norm", x, strides, fp8)
-
-
-def plan_rms_norm_add_rms_norm(x: Tensor, residual: Tensor, fp8: str | None = None) -> Plan:
-    """Called with ``(x, residual, post_gamma, pre_gamma, y, total, scale), (post, pre)`` eps."""
-    strides = (row_stride(x, "x"), row_stride(residual, "residual"))
-    return _plan_rows(rms_norm_add_rms_norm_kernel, "rms_norm_add_rms_norm", x, strides, fp8)
-
-
-def _plan_heads(
+def plan_heads(
     kernel: Any,
     q: Tensor,
     k: Tensor,
@@ -231,60 +272,27 @@ def _plan_heads(
     scalars: tuple[int, ...] = (),
     extra: dict[str, Any] | None = None,
 ) -> Plan:
-    """A kernel over heads of ``q`` and ``k``, all of them in one numbering of rows."""
+    """The plan of a kernel over heads of ``q`` and ``k``, all of them in one numbering of rows."""
     hidden, itemsize = q.shape[-1], q.element_size()
-    rows = _row_count(q.numel() + k.numel(), hidden)
+    rows, _ = row_size(q, k)
     strides = (token_stride(q, "q"), token_stride(k, "k"), q.stride(-2), k.stride(-2))
     dense = (q.shape[-2] * hidden, k.shape[-2] * hidden, hidden, hidden)
-    unit, steps = _steps(q, strides + (strides if in_place else dense))
+    unit, taken = steps(q, strides + (strides if in_place else dense))
     block = max(triton.next_power_of_2(hidden), 16 // itemsize)
-    config = heads_config(block * itemsize, rows)
+    # 16 bytes a thread; larger programs where there are enough of them.
+    warps = 8 if rows * block * itemsize > _MANY_HEAD_BYTES else 4
+    warps = min(16, max(warps, block * itemsize // 512))
+    together = max(1, warps * 512 // (block * itemsize))
     constants = {
         "UNIT": unit,
         "Q_HEADS": q.shape[-2],
         "K_HEADS": k.shape[-2],
         "H": hidden,
         "BLOCK": block,
-        "M": config.together,
+        "M": together,
         "PDL": EARLY.value,
         "IN_PLACE": in_place,
         **(extra or {}),
     }
-    programs = -(-rows // config.together)
-    return Plan(kernel, q, programs, (rows, *steps, *scalars), constants, config.warps)
-
-
-def plan_qk_rms_norm(q: Tensor, k: Tensor, in_place: bool) -> Plan:
-    """Called with ``(q, k, q_out, k_out, q_gamma, k_gamma), (eps,)``; outputs dense or in place."""
-    return _plan_heads(qk_rms_norm_kernel, q, k, in_place)
-
-
-def plan_qk_rms_norm_rope(
-    q: Tensor, k: Tensor, cos_sin: Tensor, interleaved: bool, in_place: bool
-) -> Plan:
-    """Called as :func:`plan_qk_rms_norm`'s, with ``cos_sin`` and ``positions`` after the gammas."""
-    unit, steps = _steps(cos_sin, (row_stride(cos_sin, "cos_sin"),))
-    extra = {
-        "COS_SIN_UNIT": unit,
-        "H2": cos_sin.shape[-1] // 2,
-        "NVIDIA": not INTERPRETED and torch.version.hip is None,
-        "INTERLEAVED": interleaved,
-    }
-    scalars = (*steps, cos_sin.numel() // cos_sin.shape[-1])
-    return _plan_heads(qk_rms_norm_rope_kernel, q, k, in_place, scalars, extra)
-
-
-def plan_rms_norm_backward(x: Tensor, grad: Tensor) -> Plan:
-    """Called with ``(grad, x, gamma, dx, partial), (eps,)``; ``partial``: fp32 [programs, H]."""
-    hidden = x.shape[-1]
-    rows = _row_count(x.numel(), hidden)
-    unit, steps = _steps(x, (row_stride(x, "x"), row_stride(grad, "grad")))
-    block = triton.next_power_of_2(hidden)
-    constants = {"UNIT": unit, "H": hidden, "BLOCK": block}
-    at_once = 4
-    if not INTERPRETED:
-        properties = torch.cuda.get_device_properties(x.device)
-        at_once = properties.multi_processor_count * _BACKWARD_PROGRAMS_PER_SM
-    programs = min(rows, at_once)
-    warps = min(16, max(1, block // 512))
-    return Plan(rms_norm_backward_kernel, x, programs, (rows, *steps), constants, warps)
+    programs = -(-rows // together)
+    return Plan(kernel, q, programs, (rows, *taken, *scalars), constants, warps)

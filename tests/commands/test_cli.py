@@ -157,3 +157,46 @@ def test_a_hub_id_is_inspected_without_its_weights_then_converted(tmp_path: Path
 
         result = run("inspect", "org/absent", env=environment)
         assert result.returncode == 2 and result.stderr.count("\n") == 1
+
+
+class TestCheck:
+    """`check` as a user meets it."""
+
+    def test_exit_codes(self, tmp_path: Path) -> None:
+        source = write_checkpoint(tmp_path / "model")
+        tensors = gemma3_tensors()
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+        wrong = write_checkpoint(tmp_path / "wrong", tensors)
+        unknown = write_checkpoint(tmp_path / "unknown", config={"model_type": "who"})
+        (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(20))
+        for arguments, code, words in (
+            ([source, "--against", source], 0, "right: 19 norms"),
+            ([wrong, "--against", source], 1, "wrong: of 19 norms, 1 "),
+            ([source], 2, "cannot tell"),
+            ([tmp_path / "bad.gguf"], 2, "version 0"),
+            ([tmp_path / "nothing"], 2, "does not exist"),
+            ([], 2, "give a file to check"),
+            ([unknown], 3, "who"),
+        ):
+            result = run("check", *arguments)
+            assert result.returncode == code, result
+            assert words in result.stdout + result.stderr
+            assert "Traceback" not in result.stderr and result.stderr.count("\n") <= 1
+
+    def test_json_and_all(self, tmp_path: Path) -> None:
+        source = write_checkpoint(tmp_path / "model")
+        found = json.loads(run("check", source, "--against", source, "--json").stdout)
+        assert found["right"] is True and len(found["norms"]) == 19
+        assert {norm["finding"] for norm in found["norms"]} == {"same"}
+        assert found["file"]["read"] < found["file"]["size"]
+        listed = run("check", source, "--against", source, "--all").stdout
+        assert "layers.2.self_attn.k_norm.weight: same" in listed
+
+    def test_a_norm_on_standard_input(self, tmp_path: Path) -> None:
+        source = write_checkpoint(tmp_path / "model")
+        w = gemma3_tensors()["model.norm.weight"].astype(np.float32)
+        np.save(tmp_path / "gain.npy", w + np.float32(1))
+        with open(tmp_path / "gain.npy") as stream:
+            result = run("check", "--against", source, "--tensor", "output_norm=-", stdin=stream)
+        assert result.returncode == 0, result.stderr
+        assert "right: 1 norm holds gamma" in result.stdout

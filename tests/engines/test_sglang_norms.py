@@ -100,6 +100,12 @@ def adopted(norm: Any) -> None:
     adopt(norm, StockNorm)
 
 
+def native(norm: Any) -> None:
+    from gemma_fold.engines.sglang.norms import NativeNorm, adopt
+
+    adopt(norm, NativeNorm)
+
+
 def test_the_fused_all_reduce_gets_exact_gains(
     flashinfer: FlashInfer, weight: torch.Tensor
 ) -> None:
@@ -119,6 +125,21 @@ def test_the_fused_all_reduce_gets_exact_gains(
 
     for got, expected in zip(fused, stock.forward(x * 2, residual + residual), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_native_norms_without_a_workspace_take_no_rounded_gain(
+    dtype: torch.dtype, flashinfer: FlashInfer, weight: torch.Tensor
+) -> None:
+    """Where GPUs do not reach each other's memory, and for what the kernels do not take."""
+    generator = torch.Generator().manual_seed(5)
+    x, residual = torch.randn(2, 3, weight.shape[0], generator=generator).to(dtype)
+    before = residual.clone()
+    found = norm_with(weight, native).forward_with_allreduce_fusion(x, residual)
+    plain = norm_with(weight, lambda norm: None).forward(x, before.clone())
+    assert flashinfer.gains == []
+    assert torch.equal(residual, before)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
 def test_the_fused_path_is_still_sglangs_own_method(sglang: Any, weight: torch.Tensor) -> None:

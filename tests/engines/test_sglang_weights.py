@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -344,8 +345,9 @@ def test_the_gain_stays_on_the_device_when_the_weight_is_offloaded(sglang: Any) 
     with torch.device("meta"):
         stock = GemmaRMSNorm(8)
     stock.weight = torch.nn.Parameter(torch.zeros(8))
-    with pytest.raises(RuntimeError, match="device"):
-        stock._weight_loader(stock.weight, weight)
+    if version("sglang") == "0.5.21":  # 0.5.23 copies the weight over first
+        with pytest.raises(RuntimeError, match="device"):
+            stock._weight_loader(stock.weight, weight)
 
 
 def test_an_fp32_checkpoint_served_in_bf16_rounds_its_weights_once(

@@ -202,6 +202,23 @@ class TestInMemory:
             assert torch.equal(tensor, before[name])
             assert tensor.dtype == before[name].dtype
 
+    def test_an_fp32_checkpoint_loaded_in_bf16_is_rounded_once(
+        self, source: Path, tmp_path: Path
+    ) -> None:
+        wide = shutil.copytree(source, tmp_path / "wide")
+        tensors = load_file(wide / "model.safetensors")
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor in tensors.items():
+            if "norm" in name:  # near 0, where gamma - 1 has lost the most
+                tensors[name] = 1e-7 * torch.randn(tensor.shape, generator=generator)
+        save_file(tensors, wide / "model.safetensors", {"format": "pt"})
+        convert(wide, tmp_path / "folded")
+        model = gemma_fold.unfold_model(gemma_fold.load(tmp_path / "folded", dtype=torch.bfloat16))
+        expected = original(wide, dtype=torch.bfloat16).state_dict()
+        assert model.state_dict().keys() == expected.keys()
+        for name, tensor in model.state_dict().items():
+            assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, expected[name]), name
+
     def test_gamma_is_one_plus_w(self, source: Path) -> None:
         model = original(source)
         weights = {n: p.detach().clone() for n, p in model.named_parameters() if "norm" in n}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils import parametrize
 
 import gemma_fold
+from gemma_fold.commands.convert import convert
 from gemma_fold.commands.verify import verify
 from gemma_fold.engines.transformers import install
 from gemma_fold.engines.transformers.norms import FoldedNorm
@@ -174,3 +178,31 @@ class TestParametrizedNorms:
         torch.testing.assert_close(
             gemma_fold.load(tmp_path / "saved").model.norm.gain, 2 * gain, rtol=0, atol=2**-21
         )
+
+
+class TestPrograms:
+    def test_a_converter_that_adds_one_reads_the_original(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As CTranslate2's does, with which `tests/loaders` runs the same."""
+        source = tiny.save("gemma3_text", tmp_path / "source", torch.bfloat16)
+        convert(source, tmp_path / "folded")
+
+        class TransformersConverter:
+            def load_model(self, cls: Any, name: str, **kwargs: Any) -> Any:
+                return cls.from_pretrained(name, **kwargs)
+
+            def gains(self, folder: Path) -> dict[str, torch.Tensor]:
+                config = transformers.AutoConfig.from_pretrained(folder)
+                model = self.load_model(transformers.AutoModelForCausalLM, folder, config=config)
+                weights = model.named_parameters()
+                return {name: w.data + 1.0 for name, w in weights if "norm" in name}
+
+        expected = TransformersConverter().gains(source)
+        module = types.ModuleType("ctranslate2.converters.transformers")
+        module.TransformersConverter = TransformersConverter  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        for folder in (source, tmp_path / "folded", tmp_path / "folded"):
+            found = TransformersConverter().gains(folder)
+            assert found.keys() == expected.keys() and len(found) == 13
+            assert all(torch.equal(found[name], expected[name]) for name in found)

@@ -296,6 +296,22 @@ def test_adapters(models: Path, tmp_path: Path) -> None:
     assert "modules_to_save" in found["with_norms"]
 
 
+def test_fp32_norms_served_in_bf16_are_rounded_once(models: Path, tmp_path: Path) -> None:
+    original, folded = tmp_path / "original", tmp_path / "folded"
+    shutil.copytree(models / "gemma3_untied", original)
+    tensors = load_file(original / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if "norm" in name:  # near 0, where gamma - 1 has lost the most
+            tensors[name] = 1e-7 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, original / "model.safetensors", {"format": "pt"})
+    convert(original, folded)
+    found = work("wide_norms", tmp_path, original, folded)
+    assert found["norms"] == [13] * 4 and found["dtypes"] == ["torch.bfloat16"]
+    assert found["differing"] == [0] * 4
+    assert_identical(found["outputs"])
+
+
 # --- the real 270M, through the commands ---------------------------------------------------------
 
 
@@ -362,3 +378,13 @@ def test_diff_runs_vllm(real_270m: Path, folded_270m: Path, tmp_path: Path) -> N
     # What was decoded is what was read, and in bf16 not to the last bit.
     floor = found["outputs"]["floor"]
     assert 0 < floor["kl_ab"]["mean"] < 0.01 and floor["same_top"] > 0.9
+
+
+def test_diff_runs_the_original_as_vllm_does(
+    real_270m: Path, folded_270m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where GEMMA_FOLD asks for native mode, which would fold the original as it loads."""
+    monkeypatch.setenv("GEMMA_FOLD", "native")
+    options = ("--engine", "vllm", "--max-kl", "0.01", "--no-noise-floor")
+    found = report(tmp_path / "text", real_270m, folded_270m, *options)
+    assert 0 < found["outputs"]["stats"]["kl_ab"]["mean"] < 0.01

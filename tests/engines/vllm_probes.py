@@ -23,6 +23,11 @@ def first_norm(model: Any) -> torch.Tensor:
     return weight.view(-1).clone() if weight.dim() == 2 else weight.float() + 1.0
 
 
+def norm_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The parameters of every norm."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "norm" in n}
+
+
 def draft_norms(worker: Any) -> dict[str, list[float]]:
     """The norm weights of the draft model."""
     return {

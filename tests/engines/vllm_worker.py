@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from vllm_engine import Outputs, compare, engine, outputs, run
-from vllm_probes import draft_norms, first_norm, native_norms, reducing_norms
+from vllm_probes import draft_norms, first_norm, native_norms, norm_weights, reducing_norms
 
 
 def _run_native(folder: Path) -> tuple[Outputs, int]:
@@ -234,7 +234,29 @@ def adapters(root: Path, adapter: Path, with_norms: Path) -> dict[str, Any]:
     }
 
 
+def wide_norms(original: Path, folded: Path) -> dict[str, Any]:
+    """Norms stored in fp32 and served in bf16: weights of both, at the start and reloaded."""
+
+    def weights(folder: Path) -> tuple[Outputs, list[dict[str, torch.Tensor]]]:
+        with engine(folder, "stock") as llm:
+            said, loaded = outputs(llm), llm.apply_model(norm_weights)[0]
+            llm.collective_rpc("reload_weights")
+            return said, [loaded, llm.apply_model(norm_weights)[0]]
+
+    (said, want), (says, got) = weights(original), weights(folded)
+    return {
+        "outputs": compare(said, says),
+        "norms": [len(found) for found in (*want, *got)],
+        "dtypes": sorted({str(weight.dtype) for weight in want[0].values()}),
+        "differing": [
+            sum(not torch.equal(one[name], want[0][name]) for name in want[0])
+            for one in (*want, *got)
+        ],
+    }
+
+
 JOBS = (
+    wide_norms,
     drafts,
     adapters,
     families,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
 from norm_checks import exact_norm, exact_rope, fused_qkv, gamma, pair_sizes, rows, table, ulps
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.ops import reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)

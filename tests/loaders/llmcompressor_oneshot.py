@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import makers
 import probe
-from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import QuantizationModifier
 
 
 def load(checkpoint: Path, folder: Path) -> object:
-    recipe = QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head"])
-    oneshot(
-        model=str(checkpoint),
-        tokenizer=None,
-        processor=None,
-        recipe=recipe,
-        output_dir=str(folder / "out"),
-        pipeline="datafree",
-    )
+    makers.llmcompressor(checkpoint, folder / "out")
     return sorted(path.name for path in (folder / "out").iterdir())
 
 

@@ -41,7 +41,14 @@ PROBES = {
     "mlx_lm_load": ("mlx", "mlx-lm", "`load_model`"),
     "optimum_onnx_export": ("optimum", "optimum-onnx", "`main_export`"),
     "ctranslate2_convert": ("ctranslate2", "CTranslate2", "`TransformersConverter`, `Generator`"),
+    "ctranslate2_installed": (
+        "ctranslate2",
+        "CTranslate2",
+        "the same, gemma-fold's integration installed",
+    ),
 }
+#: Probes that know of the format, by gemma-fold: they load the original's logits.
+AWARE = ("ctranslate2_installed",)
 
 
 @dataclass(frozen=True, slots=True)

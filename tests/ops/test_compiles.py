@@ -20,7 +20,15 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from gemma_fold.ops import launch  # noqa: E402
 from gemma_fold.ops.collectives import portable  # noqa: E402
+from gemma_fold.ops.kernels.rms_norm_backward import rms_norm_backward_kernel  # noqa: E402
 from gemma_fold.ops.kernels.rows import EARLY, LATE  # noqa: E402
+from gemma_fold.ops.operators import (  # noqa: E402
+    add_rms_norm,
+    qk_rms_norm,
+    qk_rms_norm_rope,
+    rms_norm,
+    rms_norm_add_rms_norm,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -78,9 +86,9 @@ def test_row_kernels(
     x = torch.empty_like(x, memory_format=torch.contiguous_format)
     monkeypatch.setattr(launch, "_uses_pdl", lambda device: True)
     plans = [
-        launch.plan_rms_norm(x, fp8),
-        launch.plan_add_rms_norm(x, x, fp8),
-        launch.plan_rms_norm_add_rms_norm(x, x, fp8),
+        rms_norm.plan(x, None, fp8),
+        add_rms_norm.plan(x, x, fp8),
+        rms_norm_add_rms_norm.plan(x, x, fp8),
     ]
     for plan in plans:
         constants = row_constants(plan)
@@ -102,12 +110,12 @@ def test_head_kernels(
     meta = torch.empty(7, q_heads + k_heads, size, device="meta", dtype=torch.bfloat16)
     q, k = meta[:, :q_heads], meta[:, q_heads:]
     monkeypatch.setattr(launch, "_uses_pdl", lambda device: True)
-    plan = launch.plan_qk_rms_norm(q, k, in_place)
+    plan = qk_rms_norm.plan(q, k, in_place)
     assert WIDE_LOAD.search(ptx(plan.kernel, plan.options["num_warps"], plan.constants))
     for dtype, element in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         for interleaved in (False, True):
             cos_sin = torch.empty(64, size // 2, device="meta", dtype=dtype)
-            plan = launch.plan_qk_rms_norm_rope(q, k, cos_sin, interleaved, in_place)
+            plan = qk_rms_norm_rope.plan(q, k, in_place, cos_sin, None, interleaved)
             types = {"cos_sin_ptr": f"*{element}"}
             ptx(plan.kernel, plan.options["num_warps"], row_constants(plan), **types)
 
@@ -118,7 +126,7 @@ def test_gamma_comes_before_the_wait_and_nothing_that_could_be_one_is_signalled_
     monkeypatch.setattr(launch, "_uses_pdl", lambda device: True)
     for dtype, element in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         x = torch.empty(4, 1152, device="meta", dtype=dtype)
-        plan = launch.plan_rms_norm_add_rms_norm(x, x)
+        plan = rms_norm_add_rms_norm.plan(x, x)
         types = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr", "total_ptr"), f"*{element}")
         constants = {**row_constants(plan), "scale_ptr": None}
         text = ptx(plan.kernel, plan.options["num_warps"], constants, **types)
@@ -128,7 +136,7 @@ def test_gamma_comes_before_the_wait_and_nothing_that_could_be_one_is_signalled_
 
 
 def test_the_backward_kernel() -> None:
-    ptx(launch.rms_norm_backward_kernel, 4, {"UNIT": 8, "H": 1152, "BLOCK": 2048})
+    ptx(rms_norm_backward_kernel, 4, {"UNIT": 8, "H": 1152, "BLOCK": 2048})
 
 
 @pytest.mark.parametrize("world", (2, 3, 4, 8))

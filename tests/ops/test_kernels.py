@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import reference
 import torch
 from norm_checks import (
     check_in_place,
@@ -27,15 +28,17 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_ops.py with TRITON_INTERPRET=1", allow_module_level=True)
 
 from gemma_fold import ops
-from gemma_fold.ops import launch, reference
+from gemma_fold.ops import checks
+from gemma_fold.ops.kernels.rms_norm import rms_norm_kernel
+from gemma_fold.ops.operators.rms_norm import plan as plan_rms_norm
 
 EPS = 1e-6
 LIMIT = {torch.bfloat16: 4.0, torch.float16: 1.0, torch.float32: 8.0}
 
 
 def test_the_interpreter_is_what_runs() -> None:
-    assert launch.INTERPRETED
-    assert type(launch.rms_norm_kernel).__name__ == "InterpretedFunction"
+    assert checks.INTERPRETED
+    assert type(rms_norm_kernel).__name__ == "InterpretedFunction"
 
 
 @pytest.mark.parametrize("dtype", LIMIT)
@@ -56,8 +59,8 @@ def test_equals_the_unfused_sequence(hidden: int, dtype: torch.dtype) -> None:
 
 def test_rows_that_share_a_program_and_rows_left_over() -> None:
     x, gain = rows((1026, 64), torch.float32, 5, "cpu"), gamma(64, 6, "cpu")
-    assert launch.plan_rms_norm(x).constants["M"] > 1
-    assert 1026 % launch.plan_rms_norm(x).constants["M"]
+    assert plan_rms_norm(x).constants["M"] > 1
+    assert 1026 % plan_rms_norm(x).constants["M"]
     whole = ops.rms_norm(x, gain, EPS)
     assert ulps(whole, reference.rms_norm(x, gain, EPS), torch.float32) <= 8.0
     assert torch.equal(ops.rms_norm(x[1022:], gain, EPS), whole[1022:])

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from norm_checks import check_in_place, exact_norm, gamma, rows
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.ops import reference
 
 EPS = 1e-6
 

@@ -6,7 +6,9 @@ import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +83,14 @@ def read_text(path: Path | None) -> tuple[str, str]:
 
 
 def make_tokens(
-    a: Side | None, b: Side | None, text: Path | None, context: int, prompts: int
+    a: Side | None,
+    b: Side | None,
+    text: Path | None,
+    context: int,
+    prompts: int,
+    room: int = 0,
 ) -> Tokens:
-    """Tokenize for the sides that are checkpoints.
+    """Tokenize for the sides that are checkpoints, with `room` left after each window.
 
     Where neither has a tokenizer, ids are drawn at random (the same ones every time).
 
@@ -93,7 +100,7 @@ def make_tokens(
     """
     sides = [side for side in (a, b) if side is not None]
     _check_vocabularies(sides)
-    context = min([context, *(limit for side in sides if (limit := _longest(side.config)))])
+    context = min([context, *(limit - room for side in sides if (limit := _longest(side.config)))])
     content, origin = read_text(text)
     texts = (content, *PROMPTS[:prompts])
     encoded, tokenizer = _encode(sides, texts)
@@ -156,7 +163,12 @@ def load_tokenizer(root: Path) -> Any:
     """The tokenizer of a checkpoint folder. Raises CheckpointError if it does not load."""
     from gemma_fold.compare.outputs.transformers import import_transformers
 
-    transformers = import_transformers()
+    try:
+        transformers = import_transformers()
+    except HostError:
+        if find_spec("transformers") is None:
+            raise
+        transformers = import_module("transformers")  # too old for models, not for tokenizers
     try:
         return transformers.AutoTokenizer.from_pretrained(root)
     except MemoryError:

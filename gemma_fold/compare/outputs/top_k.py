@@ -1,8 +1,9 @@
 """Compare two running models on the same tokens, if at least one returns the top k alone.
 
-A server or vLLM returns the k most likely tokens, not the whole distribution. The divergences here
-are those of the distributions over the tokens that both sides list and one more outcome, "any
-other token", made larger if the lists prove more (see `bounds`): lower bounds of the true ones.
+A server, vLLM or SGLang returns the k most likely tokens, not the whole distribution. The
+divergences here are those of the distributions over the tokens that both sides list and one more
+outcome, "any other token", made larger if the lists prove more (see `bounds`): lower bounds of the
+true ones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Protocol
 import numpy as np
 
 from gemma_fold.checkpoint.progress import Progress
-from gemma_fold.compare.outputs import vllm
+from gemma_fold.compare.outputs import engines
+from gemma_fold.compare.outputs.backend import EngineSide
 from gemma_fold.compare.outputs.bounds import ceiling, is_valid, known, least_kl
 from gemma_fold.compare.outputs.logits import Settings, engine_name
 from gemma_fold.compare.outputs.results import Continuation, Outputs, first_difference
@@ -32,22 +34,35 @@ _LETTERS = 3000  # a passage of text, if only the server can count tokens
 
 Text = str | tuple[int, ...]
 Positions = list[Position]
-Party = Side | Endpoint | vllm.VllmSide
+Party = Side | Endpoint | EngineSide
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One side's answers: positions of every passage, and greedy continuations with their text."""
+    """One side's answers: positions of every passage, and greedy continuations with their text.
+
+    `engine` and `eager` are the source's.
+    """
 
     passages: list[Positions]
     greedy: list[tuple[tuple[str, ...], str]]
     engine: str
+    eager: str
 
 
 class Source(Protocol):
-    """A side that can be asked."""
+    """A side that can be asked.
 
-    name: str
+    Attributes:
+        name: for people.
+        eager: a mode of it that runs other code, in words; empty if there is none.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def eager(self) -> str: ...
 
     def read(self, text: Text) -> Positions:
         """Every token of `text` but the first, with the top k in its place."""
@@ -55,7 +70,7 @@ class Source(Protocol):
     def read_together(self, texts: Sequence[Text]) -> list[Positions]:
         """The same for many texts, all at once if the engine can."""
 
-    def read_decoded(self, texts: Sequence[Text]) -> vllm.Decoded | None:
+    def read_decoded(self, texts: Sequence[Text]) -> engines.Decoded | None:
         """Its continuations of the texts, as served and as read; None if it has none."""
 
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
@@ -63,6 +78,8 @@ class Source(Protocol):
 
 
 class _Server:
+    eager = ""
+
     def __init__(self, endpoint: Endpoint, by_id: bool) -> None:
         self._endpoint, self._by_id = endpoint, by_id
         self.name = f"{endpoint.url}, model {endpoint.model}"
@@ -74,7 +91,7 @@ class _Server:
         with ThreadPoolExecutor(len(texts)) as pool:
             return list(pool.map(self.read, texts))
 
-    def read_decoded(self, texts: Sequence[Text]) -> vllm.Decoded | None:
+    def read_decoded(self, texts: Sequence[Text]) -> engines.Decoded | None:
         return None
 
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
@@ -82,6 +99,8 @@ class _Server:
 
 
 class _Local:
+    eager = ""
+
     def __init__(
         self, model: Model, tokens: Tokens, settings: Settings, name: Callable[[int], str]
     ) -> None:
@@ -106,7 +125,7 @@ class _Local:
     def read_together(self, texts: Sequence[Text]) -> list[Positions]:
         return [self.read(text) for text in texts]
 
-    def read_decoded(self, texts: Sequence[Text]) -> vllm.Decoded | None:
+    def read_decoded(self, texts: Sequence[Text]) -> engines.Decoded | None:
         return None
 
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
@@ -124,7 +143,7 @@ def compare_top(
     settings: Settings,
     progress: Progress,
 ) -> Outputs:
-    """Compare the top k if A or B is a server or run by vLLM.
+    """Compare the top k if A or B is a server or run by an engine of `engines.ENGINES`.
 
     `tokens` is None if both are servers. A side that is a checkpoint is run by transformers.
 
@@ -143,10 +162,10 @@ def compare_top(
             if number == 1 and not isinstance(side, Side) and settings.noise_floor:
                 ways += _asked_again(source, passages, readings[0].passages)
     one, two = readings
-    if ways and isinstance(a, vllm.VllmSide) and vllm.compiles():
+    if ways and isinstance(a, EngineSide) and one.eager:
         with _source(replace(a, eager=True), tokens, settings, by_id) as source:
             again = compare_positions(one.passages, [source.read(text) for text in passages])
-        ways.append((again, "A run again in vLLM's eager mode, not compiled"))
+        ways.append((again, f"A run again in {one.eager}"))
     progress.finish()
     rows = compare_positions(one.passages, two.passages)
     top_k = _shortest(readings)
@@ -213,8 +232,8 @@ def _source(
     def name(token: int) -> str:
         return f"token_id:{token}" if by_id else reading.text((token,))
 
-    if isinstance(side, vllm.VllmSide):
-        with vllm.running(side, tokens, settings.dtype, settings.new_tokens, name) as engine:
+    if isinstance(side, EngineSide):
+        with engines.running(side, tokens, settings.dtype, settings.new_tokens, name) as engine:
             yield engine
         return
     with running(side, settings.dtype, settings.device) as model:
@@ -235,7 +254,7 @@ def _read(
         read.append(source.read(passage))
         progress.advance(1)
     greedy = [source.continue_greedily(start, settings.new_tokens) for start in starts]
-    return Reading(read, greedy, source.name)
+    return Reading(read, greedy, source.name, source.eager)
 
 
 def compare_positions(a: list[Positions], b: list[Positions]) -> Rows:

@@ -6,9 +6,10 @@ stored gamma if it is folded. Only exact patterns count; there is no tolerance t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -141,7 +142,8 @@ def _suspects(
 
 def _rounding_of(exact: Float32, values: Float32) -> str | None:
     """Which rounding makes `values` of `exact`; elements that are exact do not count against it."""
-    for how, rounded in _roundings(exact):
+    for how, rounding in ROUNDINGS.items():
+        rounded = rounding(exact)
         same = (values == exact) | (values == rounded) | (np.isnan(values) & np.isnan(exact))
         if same.all():
             return how
@@ -157,18 +159,13 @@ def _doubled_remark(who: str, culprit: StoredNorm, rule: Fold) -> str:
 def _added_again(low: Float32, high: Float32, offset: np.float32) -> bool:
     """Whether `high` is `low` + offset, each of the two exact or rounded to a 16-bit dtype."""
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in (low, *(rounded for _, rounded in _roundings(low))):
+        for start in (low, *(rounding(low) for rounding in ROUNDINGS.values())):
             total = start + offset
-            if _equal(high, total) or any(_equal(high, r) for _, r in _roundings(total)):
+            if same_numbers(high, total) or any(
+                same_numbers(high, rounding(total)) for rounding in ROUNDINGS.values()
+            ):
                 return True
     return False
-
-
-def _roundings(values: Float32) -> Iterator[tuple[str, Float32]]:
-    """What `values` become in the 16-bit dtypes, with the name of each way."""
-    yield "bf16", decode(encode(values, "BF16"), "BF16")
-    yield "fp16", decode(encode(values, "F16"), "F16")
-    yield "bf16, toward zero", _truncated(values)
 
 
 def _truncated(values: Float32) -> Float32:
@@ -177,7 +174,18 @@ def _truncated(values: Float32) -> Float32:
     return truncated
 
 
-def _equal(a: Float32, b: Float32) -> bool:
+#: What values become in the 16-bit dtypes, by the name of each way.
+ROUNDINGS: Mapping[str, Callable[[Float32], Float32]] = MappingProxyType(
+    {
+        "bf16": lambda values: decode(encode(values, "BF16"), "BF16"),
+        "fp16": lambda values: decode(encode(values, "F16"), "F16"),
+        "bf16, toward zero": _truncated,
+    }
+)
+
+
+def same_numbers(a: Float32, b: Float32) -> bool:
+    """Whether two tensors are equal, NaN to NaN."""
     return bool(np.array_equal(a, b, equal_nan=True))
 
 

@@ -8,7 +8,7 @@ What it changes there:
 * weights: `weights.py` hands every loader raw weights, whatever was folded, and counts them;
 * norms: `norms.py` keeps the exact fp32 gain beside each zero-centred weight, in step with it;
 * kernels: `norms.py` and `layers.py` run gemma-fold's on that gain, `all_reduce.py` gives SGLang's
-  fused all-reduce exact weights.
+  fused all-reduce exact weights, and `boundary.py` has its other fusions decline native norms.
 
 Models that are not folded keep every object and function they had.
 """

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.engines.sglang.norms import GainedNorm, attention_group_size
+from gemma_fold.engines.sglang.norms import GainedNorm, attention_group_size, sum_over_attention
 
 _BIAS = 1.0
 _MAX_TOKENS = 2048  # what SGLang's own workspace holds
@@ -113,9 +113,7 @@ def _all_reduce_add_rms_norm(
         )
     if normed is not None:
         return normed, total
-    from sglang.srt.distributed.parallel_state import get_attn_tp_group
-
-    return ops.add_rms_norm(get_attn_tp_group().all_reduce(x), residual, gamma, eps)
+    return ops.add_rms_norm(sum_over_attention(x), residual, gamma, eps)
 
 
 @_all_reduce_add_rms_norm.register_fake

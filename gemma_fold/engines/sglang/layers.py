@@ -172,7 +172,7 @@ def _defer_all_reduce(text: Any) -> str | None:
     blocks = [block for layer in text.layers for block in (layer.self_attn, layer.mlp)]
     names = ["o_proj" if hasattr(block, "o_proj") else "down_proj" for block in blocks]
     projections = [getattr(block, name) for block, name in zip(blocks, names, strict=True)]
-    ready = all(x.tp_size > 1 and x.reduce_results for x in projections)
+    ready = all(_ranks(x) > 1 and x.reduce_results for x in projections)
     problem = _sum_problem(blocks, names)
     if ready and problem:
         _log.warning("gemma-fold: all-reduces stay SGLang's: %s", problem)
@@ -185,6 +185,12 @@ def _defer_all_reduce(text: Any) -> str | None:
         for projection in projections:
             projection.reduce_results = False
     return workspace
+
+
+def _ranks(projection: Any) -> int:
+    """Ranks that a projection sums over; since 0.5.23 it keeps their group alone."""
+    group = getattr(projection, "tp_group", None)
+    return int(getattr(projection, "tp_size", 0) or getattr(group, "world_size", 1))
 
 
 def _close_while_split(owner: Any, link: Link) -> None:

@@ -142,10 +142,16 @@ class NativeNorm(GainedNorm):
             residual = residual + post_residual_addition
         return ops.add_rms_norm(x, residual, self.gamma32, self.epsilon)
 
-    def all_reduce_add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
-        if self.workspace is None or not takes(x, residual):
-            return None
-        return ops.all_reduce_add_rms_norm(x, residual, self.gamma32, self.workspace, self.epsilon)
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        taken = takes(x, residual)
+        if taken and self.workspace is not None:
+            return ops.all_reduce_add_rms_norm(
+                x, residual, self.gamma32, self.workspace, self.epsilon
+            )
+        # Not SGLang's fused operator, which takes a gain in 16 bits. Its norm alone adds in place.
+        summed = sum_over_attention(x)
+        fused: tuple[Tensor, Tensor] = self.forward(summed, residual if taken else residual.clone())
+        return fused
 
 
 def takes(x: Tensor, residual: Tensor | None) -> bool:
@@ -207,3 +213,11 @@ def attention_group_size() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return int(get_parallel().attn_tp_size)
+
+
+def sum_over_attention(x: Tensor) -> Tensor:
+    """``x`` summed over the ranks that share one attention, by SGLang."""
+    from sglang.srt.distributed.parallel_state import get_attn_tp_group
+
+    summed: Tensor = get_attn_tp_group().all_reduce(x)
+    return summed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from gemma_fold.engines.checks import TESTED, marked_config
-from gemma_fold.engines.sglang import all_reduce, weights
+from gemma_fold.engines.sglang import all_reduce, boundary, weights
 from gemma_fold.errors import HostError
 from gemma_fold.format.names import MODEL_TYPE
 
@@ -42,8 +43,16 @@ def install() -> None:
     """
     for hook in _HOOKS:
         _check(hook)
-    for hook in _HOOKS:
+    for hook in (*_HOOKS, *_edges()):
         HookRegistry.register(hook.target, hook.function, hook.kind)
+
+
+def _edges() -> Iterator[Hook]:
+    """Hooks on what this version has of the fusions at the edges of a layer."""
+    for target in boundary.DECLINING:
+        with suppress(ImportError, AttributeError):
+            pkgutil.resolve_name(target)
+            yield Hook(target, boundary.decline, HookType.AROUND, ())
 
 
 def native_config_dict(result: Any, cls: Any, name: Any = "", *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ from gemma_fold.engines.sglang.norms import (
     share_workspace,
     zero_centred_norms,
 )
-from gemma_fold.engines.weights import original_weight
+from gemma_fold.engines.weights import folded_tensors, original_weight
 from gemma_fold.errors import CheckpointError, GemmaFoldError, UnsupportedModelError
 from gemma_fold.format.manifest import FoldedTensor, read_manifest
 from gemma_fold.format.names import MANIFEST, MODEL_TYPE
@@ -229,13 +229,7 @@ def _read_folded(model_config: Any, block: Mapping[str, Any]) -> FoldedWeights:
     remote = getattr(model_config, "model_weights", None)
     if remote is not None:
         return FoldedWeights(str(remote), _remote_manifest(str(remote)))
-    folder = name
-    if not os.path.isdir(name):
-        from transformers.utils import cached_file
-
-        revision = getattr(model_config, "revision", None)
-        folder = os.path.dirname(str(cached_file(name, MANIFEST, revision=revision)))
-    return FoldedWeights(name, read_manifest(Path(folder)).tensors)
+    return FoldedWeights(name, folded_tensors(name, getattr(model_config, "revision", None)))
 
 
 def _remote_manifest(url: str) -> Mapping[str, FoldedTensor]:

@@ -24,9 +24,11 @@ from torch.nn import functional as F
 
 from gemma_fold import ops
 from gemma_fold.engines.weights import fold as fold_weight
-from gemma_fold.engines.weights import unfold
+from gemma_fold.engines.weights import original_weight, unfold
 from gemma_fold.errors import UnsupportedModelError
-from gemma_fold.ops import checks, reference
+from gemma_fold.format.manifest import FoldedTensor
+from gemma_fold.ops import checks
+from gemma_fold.ops.operators.rms_norm import reference
 from gemma_fold.rules import Fold
 
 #: Names a zero-centred norm gives its gain.
@@ -89,6 +91,7 @@ class FoldedNorm(Watched):
         epsilon: added to the mean square or the variance.
         group: columns normed together, or None for all of them.
         is_rms: whether it is an RMSNorm of whole rows that adds in fp32, as nearly all are.
+        source: what the manifest says of its gamma, if a checkpoint gave it under that name.
     """
 
     origin: type[nn.Module]
@@ -97,6 +100,7 @@ class FoldedNorm(Watched):
     epsilon: float
     group: int | None
     is_rms: bool
+    source: FoldedTensor | None = None
     bias: Tensor | None
 
     @staticmethod
@@ -156,9 +160,15 @@ class FoldedNorm(Watched):
         """Undo :meth:`adopt`: the original class, with w = gamma - offset in `dtype`."""
         parameter = self.gain
         with torch.no_grad():
-            weight = unfold(parameter, self.fold.offset, dtype).reshape(-1)
+            gamma = parameter.view(-1)
+            weight = (
+                unfold(gamma, self.fold.offset, dtype)
+                if self.source is None
+                else original_weight(gamma, self.source).to(dtype)
+            )
         self._parameters[self.gain_name] = _with_value(parameter, weight, keep=not shared)
         origin = self.origin
+        self.__dict__.pop("source", None)
         for name in ("origin", "fold", "gain_name", "epsilon", "group", "is_rms", "plain"):
             delattr(self, name)
         self.__class__ = origin  # type: ignore[assignment]
@@ -219,9 +229,9 @@ class FoldedNorm(Watched):
     def _rms_norm(self, x: Tensor, gamma: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             # A compiler fuses what it can see with its neighbours, rotary embedding for one.
-            return reference.rms_norm(x, gamma, self.epsilon)
+            return reference(x, gamma, self.epsilon)
         if not checks.supports(x):
-            return reference.rms_norm(x, gamma, self.epsilon)
+            return reference(x, gamma, self.epsilon)
         return ops.rms_norm(x, gamma, self.epsilon)
 
     def extra_repr(self) -> str:

@@ -5,7 +5,8 @@ These functions of transformers are wrapped, and nothing is copied:
 * `PreTrainedConfig.get_config_dict` hands every loader, Auto or concrete, the original config with
   a mark. Programs that copy tensors from files and a config from transformers (mergekit does) would
   write it beside gammas, without the config lock. So `to_json_file` refuses a marked config; a
-  model that is loaded or saved takes the mark off its own.
+  model that is loaded or saved takes the mark off its own. `readers` meets those there that would
+  add 1 to a gamma.
 * `PreTrainedModel._load_pretrained_model` meets the built model before its weights are read. Its
   zero-centred norms become folded norms there, whose fp32 [H, 1] parameters take the gammas from
   disk unchanged; sharding, offloading and quantization of the rest go their usual way.
@@ -47,6 +48,7 @@ from transformers.utils import cached_file
 
 from gemma_fold.checkpoint.target import target_folder
 from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.engines.transformers.readers import unfold_for_readers
 from gemma_fold.engines.transformers.save import save_folded
 from gemma_fold.engines.transformers.weights import load_gammas, load_raw_gains
 
@@ -136,6 +138,7 @@ def _too_old(name: str, what: str, base: dict[str, Any]) -> str:
 
 def _lend(config: dict[str, Any], where: str) -> dict[str, Any]:
     """The original config with the mark, which the config object made from it keeps."""
+    unfold_for_readers()
     lent = {**native_config(config, where), _MARK: where}
     _check_model_type(lent, where)
     return lent

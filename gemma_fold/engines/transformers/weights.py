@@ -61,8 +61,9 @@ def unfold_model(model: Model) -> Model:
     """Undo :func:`fold_model`, in place: w = gamma - 1 in the dtype of the other weights.
 
     The outputs keep their bits, unless that dtype rounds w, as in a model loaded in 16 bits from an
-    fp32 checkpoint. A w so small that 1 + w was rounded comes back as the value that folds to the
-    same gamma; for a checkpoint's own bytes use `gemma-fold unfold` on its folder.
+    fp32 checkpoint, which becomes what the original is in 16 bits. A w so small that 1 + w was
+    rounded comes back as the value that folds to the same gamma, unless the manifest of a loaded
+    checkpoint has it; for a checkpoint's own bytes use `gemma-fold unfold` on its folder.
 
     Args:
         model: a folded transformers model.
@@ -191,6 +192,8 @@ def load_gammas(model: Any, folder: Path, files: Iterable[str], load: Callable[[
     if not manifest.tensor_lock:
         for norm in norms:
             norm.lock()
+    for name, norm in _gains(model).items():
+        norm.__dict__["source"] = manifest.tensors.get(name)
     return info, offloaded
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any
 
 import vllm
@@ -25,8 +25,15 @@ from gemma_fold.engines.checks import (
     wrap_innermost,
 )
 from gemma_fold.engines.mode import Mode, requested_mode
-from gemma_fold.engines.vllm.weights import Tally, stock_loader, zero_centred_norms
+from gemma_fold.engines.vllm.weights import (
+    Tally,
+    name_gammas,
+    stock_loader,
+    zero_centred_norms,
+)
+from gemma_fold.engines.weights import folded_tensors
 from gemma_fold.errors import CheckpointError, UnsupportedModelError
+from gemma_fold.format.manifest import FoldedTensor
 from gemma_fold.format.names import MODEL_TYPE
 
 #: Load formats that read what an engine saved: its own parameters, past their weight loaders.
@@ -78,13 +85,20 @@ class Loading:
     Attributes:
         mode: of the model.
         workspace: name of what native norms reduce with; None if vLLM reduces.
+        folded: vLLM's config of the model, if it is a folded checkpoint.
         tally: what the norms have taken so far.
     """
 
     vllm_config: Any
     mode: Mode
     workspace: str | None = None
+    folded: Any = None
     tally: Tally = field(default_factory=Tally)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, FoldedTensor]:
+        """The folded tensors that the manifest lists. Only norms that hold w need them."""
+        return {} if self.folded is None else _manifest(self.folded)
 
 
 _current: list[Loading] = []
@@ -124,7 +138,8 @@ def wrap_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
         block = folded_block(model_config.hf_config)
         mode = choose_mode(vllm_config, model_config, folded=block is not None)
         workspace = _workspace(vllm_config, model_config) if mode == "native" else None
-        with _loading(Loading(vllm_config, mode, workspace)) as loading:
+        folded = None if block is None else model_config
+        with _loading(Loading(vllm_config, mode, workspace, folded)) as loading:
             try:
                 model = original(self, vllm_config, model_config, *args, **kwargs)
             except AssertionError as error:
@@ -145,6 +160,17 @@ def wrap_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return load_model
+
+
+def _manifest(model_config: Any) -> Mapping[str, FoldedTensor]:
+    """Of a folded checkpoint; nothing if vLLM reads weights from a store and no other file."""
+    try:
+        return folded_tensors(str(model_config.model), getattr(model_config, "revision", None))
+    except (OSError, CheckpointError) as error:
+        logger.warning_once(
+            "gemma-fold: norms of an fp32 checkpoint would be rounded twice to 16 bits (%s)", error
+        )
+        return {}
 
 
 def _workspace(vllm_config: Any, model_config: Any) -> str | None:
@@ -182,8 +208,10 @@ def prepare_model(model: nn.Module) -> None:
     for _, _, weight, offset in zero_centred_norms(model):
         weight.weight_loader = stock_loader(offset, tally)  # type: ignore[attr-defined]
         stock += 1
-    if tally is not None:
+    if loading is not None and tally is not None:
         tally.stock = stock  # the outermost model comes last
+        if stock:
+            name_gammas(model, loading.tensors)
 
 
 def _make_native(model: nn.Module, loading: Loading) -> None:

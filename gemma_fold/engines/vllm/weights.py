@@ -7,14 +7,20 @@ the parameter's own shape, as vLLM's accounting of reloads and its sparse update
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from gemma_fold.engines.weights import fold, is_gamma, unfold
+from gemma_fold.engines.weights import fold, is_gamma, original_weight, unfold
+from gemma_fold.format.manifest import FoldedTensor
 from gemma_fold.rules import NORM_CLASSES
 
 Loader = Callable[[Tensor, Tensor], None]
+#: Attribute of a loaded gamma: its `FoldedTensor`.
+_SOURCE = "gemma_fold_source"
 
 #: Norms of vLLM that add to their weight on every forward, by class name; the offset, or the
 #: attribute that holds it.
@@ -64,16 +70,45 @@ def _offset(module: nn.Module) -> float:
     return 0.0
 
 
+def name_gammas(model: nn.Module, tensors: Mapping[str, FoldedTensor]) -> None:
+    """Have `load_weights` of `model` hand each gamma on with what the manifest says of it.
+
+    A weight loader is given a tensor, not its name; it finds the original's w by this.
+    """
+    load_weights: Callable[..., Any] | None = getattr(model, "load_weights", None)
+    if load_weights is None:
+        return
+
+    def named(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            if name in tensors:
+                setattr(tensor, _SOURCE, tensors[name])
+            yield name, tensor
+
+    @wraps(load_weights)
+    def load_named(weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
+        return load_weights(named(weights), *args, **kwargs)
+
+    # On the instance: the class serves models that are not folded, too.
+    model.__dict__["load_weights"] = load_named
+
+
 def stock_loader(offset: float, tally: Tally | None) -> Loader:
     """For a parameter that holds w: a gamma is unfolded into it."""
 
     def load_zero_centred_weight(param: Tensor, loaded_weight: Tensor) -> None:
         gamma = _is_gamma(param, loaded_weight, tally)
-        param.data.copy_(
-            unfold(loaded_weight.view(-1), offset, param.dtype) if gamma else loaded_weight
-        )
+        param.data.copy_(_unfolded(loaded_weight, offset) if gamma else loaded_weight)
 
     return load_zero_centred_weight
+
+
+def _unfolded(gamma: Tensor, offset: float) -> Tensor:
+    """fp32 w [H] of ``gamma``, [H, 1]: the original's own, if the manifest came along."""
+    source: FoldedTensor | None = getattr(gamma, _SOURCE, None)
+    if source is None:
+        return unfold(gamma.view(-1), offset, torch.float32)
+    return original_weight(gamma.view(-1), source)
 
 
 def gamma_loader(tally: Tally | None) -> Loader:

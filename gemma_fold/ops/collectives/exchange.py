@@ -18,10 +18,14 @@ from torch import Tensor
 from gemma_fold.ops.checks import row_stride
 from gemma_fold.ops.collectives import program, tuning
 
+Rows = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, y, residual and total, [rows, H]
+Gammas = tuple[Tensor | None, Tensor | None]  # fp32 [H] of the post-norm and the pre-norm
+Eps = tuple[float, float]
+
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _WORDS = {2: torch.int16, 4: torch.int32}
 _FP8_MODES = {None: 0, "static": 1, "per_token": 2}
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +128,8 @@ class PeerExchange:
         y: Tensor,
         residual: Tensor | None = None,
         total: Tensor | None = None,
-        gammas: tuple[Tensor | None, Tensor | None] = (None, None),
-        eps: tuple[float, float] = (0.0, 0.0),
+        gammas: Gammas = (None, None),
+        eps: Eps = (0.0, 0.0),
         fp8: str | None = None,
         scale: Tensor | None = None,
     ) -> None:
@@ -135,42 +139,31 @@ class PeerExchange:
         fp32 [H] of the post-norm and the pre-norm.
         """
         hidden = x.shape[-1]
-        x = _rows(x, "x")
-        residual = None if residual is None else _rows(residual, "residual")
-        rows = x.shape[0]
-        kernels = -(-rows // max(self.size.one_shot_rows, self.size.two_shot_rows))
-        step = -(-rows // max(kernels, 1))
-        for start in range(0, rows, max(step, 1)):
-            count = min(step, rows - start)
-            self._launch(
-                operator,
-                x[start : start + count],
-                y.view(-1, hidden)[start : start + count],
-                None if residual is None else residual[start : start + count],
-                None if total is None else total.view(-1, hidden)[start : start + count],
-                gammas,
-                eps,
-                fp8,
-                scale.view(-1)[start : start + count]
-                if scale is not None and fp8 == "per_token"
-                else scale,
-            )
+        operands = (
+            _rows(x, "x"),
+            y.view(-1, hidden),
+            None if residual is None else _rows(residual, "residual"),
+            None if total is None else total.view(-1, hidden),
+        )
+        count = operands[0].shape[0]
+        kernels = -(-count // max(self.size.one_shot_rows, self.size.two_shot_rows))
+        step = max(1, -(-count // max(kernels, 1)))
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count))
+            taken: Any = [None if rows is None else rows[part] for rows in operands]
+            if self.portable:
+                self._launch_portable(taken, gammas, eps)
+                continue
+            scales = scale
+            if scale is not None and fp8 == "per_token":
+                scales = scale.view(-1)[part]
+            self._launch(operator, taken, gammas, eps, fp8, scales)
 
     def _launch(
-        self,
-        operator: str,
-        x: Tensor,
-        y: Tensor,
-        residual: Tensor | None,
-        total: Tensor | None,
-        gammas: tuple[Tensor | None, Tensor | None],
-        eps: tuple[float, float],
-        fp8: str | None,
+        self, operator: str, operands: Rows, gammas: Gammas, eps: Eps, fp8: str | None,
         scale: Tensor | None,
-    ) -> None:
-        if self.portable:
-            self._launch_portable(operator, x, y, residual, total, gammas, eps)
-            return
+    ) -> None:  # fmt: skip
+        x, y, residual, total = operands
         size, a = self.size, self._arguments
         rows, hidden = x.shape
         itemsize = x.element_size()
@@ -200,19 +193,11 @@ class PeerExchange:
         with torch.cuda.device(index):
             kernel.launch(blocks, ctypes.addressof(self._pointers), _current_stream(index))
 
-    def _launch_portable(
-        self,
-        operator: str,
-        x: Tensor,
-        y: Tensor,
-        residual: Tensor | None,
-        total: Tensor | None,
-        gammas: tuple[Tensor | None, Tensor | None],
-        eps: tuple[float, float],
-    ) -> None:
+    def _launch_portable(self, operands: Rows, gammas: Gammas, eps: Eps) -> None:
         from gemma_fold.ops.collectives.portable import one_shot_kernel
         from gemma_fold.ops.kernels.rows import AT_END, EARLY, NO_PDL
 
+        x, y, residual, total = operands
         rows, hidden = x.shape
         block = 1 << (hidden - 1).bit_length()
         unit = tuning.VECTOR_BYTES // x.element_size()

@@ -43,7 +43,7 @@ def _place(
 def _norm(x, gamma, eps, H: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
     """RMSNorm of one row ``x`` [BLOCK], rounded once to ``dtype``."""
     row = (x[None, :],)
-    normed = R.scale(row, R.inverse_rms(row, eps, H, dtype), (gamma[None, :],), dtype)
+    normed = R.scale(row, R.inverse_rms(row, eps, H), (gamma[None, :],), dtype)
     return tl.reshape(normed[0], [BLOCK])
 
 

@@ -67,7 +67,7 @@ def _compile(capability: tuple[int, int], defines: tuple[tuple[str, int], ...]) 
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
         raise ProgramError(f"the all-reduce kernel does not compile: {log.decode()[:500]}")
-    cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     return cubin
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma_fold.ops import checks
-from gemma_fold.ops.collectives import library, tuning
+from gemma_fold.ops.collectives import tuning
 from gemma_fold.ops.collectives.exchange import Capacity, PeerExchange, capacity
 
 _log = logging.getLogger("gemma_fold")
@@ -145,8 +145,19 @@ class AllReduceWorkspace:
         return None
 
     def reduce_by_library(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, a new tensor, without peer memory."""
-        return x.clone() if self.world == 1 else library.all_reduce(x, self.group)
+        """The sum over all ranks, a new tensor in the dtype of `x`, without peer memory.
+
+        On CPU it is summed in fp32 and rounded once. NCCL sums in the dtype of `x`, in its own
+        order: the fastest it has, and its bits.
+        """
+        if self.world == 1:
+            return x.clone()
+        import torch.distributed as dist
+
+        exact = not x.is_cuda and x.dtype != torch.float32
+        total = x.float() if exact else x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group)
+        return total.to(x.dtype)
 
     def check_agreement(self, operator: str, x: Tensor) -> None:
         """In debug mode: ValueError on every rank unless all make the same call. Collective."""
@@ -233,9 +244,7 @@ def _device(device: torch.device | str | int | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if found.type == "cuda" and found.index is None:
-        found = torch.device("cuda", torch.cuda.current_device())
-    return found
+    return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
 
 
 def _unused_name(group: Any) -> str:

@@ -10,33 +10,18 @@ from gemma_fold.ops.kernels import rows as R
 STEPS = ["q_step", "k_step", "q_head_step", "k_head_step"]
 
 
-@triton.jit(do_not_specialize=["n_rows", *STEPS, *(f"out_{step}" for step in STEPS)])
-def qk_rms_norm_kernel(
-    q_ptr,  # [tokens, Q_HEADS, H] bf16/fp16/fp32; strides q_step * UNIT, q_head_step * UNIT, 1
-    k_ptr,  # [tokens, K_HEADS, H] dtype of q; strides k_step * UNIT, k_head_step * UNIT, 1
-    q_out_ptr,  # as q, with strides out_q_step * UNIT, out_q_head_step * UNIT, 1
-    k_out_ptr,  # as k, with strides out_k_step * UNIT, out_k_head_step * UNIT, 1
-    q_gamma_ptr,  # [H] fp32
-    k_gamma_ptr,  # [H] fp32
-    n_rows,  # tokens * (Q_HEADS + K_HEADS)
-    q_step: tl.int64,
-    k_step: tl.int64,
-    q_head_step: tl.int64,
-    k_head_step: tl.int64,
-    out_q_step: tl.int64,
-    out_k_step: tl.int64,
-    out_q_head_step: tl.int64,
-    out_k_head_step: tl.int64,
-    eps,
-    UNIT: tl.constexpr,
-    Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,  # power of two >= H
-    M: tl.constexpr,  # heads per program
-    PDL: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-):
+@triton.jit
+def heads(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_gamma_ptr, k_gamma_ptr, n_rows,
+    q_step, k_step, q_head_step, k_head_step,
+    out_q_step, out_k_step, out_q_head_step, out_k_head_step,
+    UNIT: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, H: tl.constexpr,
+    BLOCK: tl.constexpr, M: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    """The heads of this program: what to read, write and scale by, [M, BLOCK], and what is there.
+
+    Returns also the row and the token of each head, [M, 1].
+    """
     rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     live = (rows < n_rows) & (cols < H)
@@ -54,6 +39,29 @@ def qk_rms_norm_kernel(
         k_out_at = k_out_ptr + (token * out_k_step + (head - Q_HEADS) * out_k_head_step) * UNIT
         out_at = tl.where(is_q, q_out_at, k_out_at) + cols
     gamma_at = tl.where(is_q, q_gamma_ptr, k_gamma_ptr) + cols
+    return at, out_at, gamma_at, live, rows, token
+
+
+@triton.jit(do_not_specialize=["n_rows", *STEPS, *(f"out_{step}" for step in STEPS)])
+def qk_rms_norm_kernel(
+    q_ptr,  # [tokens, Q_HEADS, H] bf16/fp16/fp32; strides q_step * UNIT, q_head_step * UNIT, 1
+    k_ptr,  # [tokens, K_HEADS, H] dtype of q; strides k_step * UNIT, k_head_step * UNIT, 1
+    q_out_ptr,  # as q, with strides out_q_step * UNIT, out_q_head_step * UNIT, 1
+    k_out_ptr,  # as k, with strides out_k_step * UNIT, out_k_head_step * UNIT, 1
+    q_gamma_ptr,  # [H] fp32
+    k_gamma_ptr,  # [H] fp32
+    n_rows,  # tokens * (Q_HEADS + K_HEADS)
+    q_step: tl.int64, k_step: tl.int64, q_head_step: tl.int64, k_head_step: tl.int64,
+    out_q_step: tl.int64, out_k_step: tl.int64, out_q_head_step: tl.int64,
+    out_k_head_step: tl.int64, eps,
+    UNIT: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, H: tl.constexpr,
+    BLOCK: tl.constexpr, M: tl.constexpr, PDL: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    at, out_at, gamma_at, live, _, _ = heads(
+        q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_gamma_ptr, k_gamma_ptr, n_rows, q_step, k_step,
+        q_head_step, k_head_step, out_q_step, out_k_step, out_q_head_step, out_k_head_step,
+        UNIT, Q_HEADS, K_HEADS, H, BLOCK, M, IN_PLACE,
+    )  # fmt: skip
     R.wait_for_previous(PDL)
     x = tl.load(at, mask=live, other=0.0)
     gamma = tl.load(gamma_at, mask=live, other=0.0)

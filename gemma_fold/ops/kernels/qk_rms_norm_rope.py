@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from gemma_fold.ops.kernels import rows as R
-from gemma_fold.ops.kernels.qk_rms_norm import STEPS
+from gemma_fold.ops.kernels.qk_rms_norm import STEPS, heads
 
 
 @triton.jit
@@ -82,60 +82,30 @@ def _rotate(
     ]
 )
 def qk_rms_norm_rope_kernel(
-    q_ptr,  # [tokens, Q_HEADS, H] bf16/fp16/fp32; strides q_step * UNIT, q_head_step * UNIT, 1
-    k_ptr,  # [tokens, K_HEADS, H] dtype of q; strides k_step * UNIT, k_head_step * UNIT, 1
-    q_out_ptr,  # as q, with strides out_q_step * UNIT, out_q_head_step * UNIT, 1
-    k_out_ptr,  # as k, with strides out_k_step * UNIT, out_k_head_step * UNIT, 1
-    q_gamma_ptr,  # [H] fp32
-    k_gamma_ptr,  # [H] fp32
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_gamma_ptr, k_gamma_ptr,  # as in qk_rms_norm_kernel
     cos_sin_ptr,  # [n_positions, 2 * H2] dtype of q or fp32: cosines, sines; row stride
     # cos_sin_step * COS_SIN_UNIT
     positions_ptr,  # [tokens] int32/int64: the row of each token; None: the row of its number
     n_rows,  # tokens * (Q_HEADS + K_HEADS)
-    q_step: tl.int64,
-    k_step: tl.int64,
-    q_head_step: tl.int64,
-    k_head_step: tl.int64,
-    out_q_step: tl.int64,
-    out_k_step: tl.int64,
-    out_q_head_step: tl.int64,
-    out_k_head_step: tl.int64,
-    cos_sin_step: tl.int64,
-    n_positions: tl.int64,
-    eps,
-    UNIT: tl.constexpr,
-    Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,  # power of two >= H
-    M: tl.constexpr,  # heads per program
-    PDL: tl.constexpr,
-    IN_PLACE: tl.constexpr,
+    q_step: tl.int64, k_step: tl.int64, q_head_step: tl.int64, k_head_step: tl.int64,
+    out_q_step: tl.int64, out_k_step: tl.int64, out_q_head_step: tl.int64,
+    out_k_head_step: tl.int64, cos_sin_step: tl.int64, n_positions: tl.int64, eps,
+    UNIT: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, H: tl.constexpr,
+    BLOCK: tl.constexpr, M: tl.constexpr, PDL: tl.constexpr, IN_PLACE: tl.constexpr,
     COS_SIN_UNIT: tl.constexpr,
     H2: tl.constexpr,  # pairs that are rotated: half of rotary_dim
     NVIDIA: tl.constexpr,  # compiled for NVIDIA: neither ROCm nor the interpreter
     INTERLEAVED: tl.constexpr,  # pairs are neighbours, not halves
-):
-    rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
-    cols = tl.arange(0, BLOCK)[None, :]
-    live = (rows < n_rows) & (cols < H)
-    token = (rows // (Q_HEADS + K_HEADS)).to(tl.int64)
-    head = (rows % (Q_HEADS + K_HEADS)).to(tl.int64)
-    is_q = head < Q_HEADS
+):  # fmt: skip
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     # What torch computes the products in: the wider of the two dtypes.
     product_dtype: tl.constexpr = cos_sin_ptr.dtype.element_ty
-    q_at = q_ptr + (token * q_step + head * q_head_step) * UNIT
-    k_at = k_ptr + (token * k_step + (head - Q_HEADS) * k_head_step) * UNIT
-    # Choosing a pointer, not a value: each head loads only its own row and its own gamma.
-    at = tl.where(is_q, q_at, k_at) + cols
-    if IN_PLACE:
-        out_at = at
-    else:
-        q_out_at = q_out_ptr + (token * out_q_step + head * out_q_head_step) * UNIT
-        k_out_at = k_out_ptr + (token * out_k_step + (head - Q_HEADS) * out_k_head_step) * UNIT
-        out_at = tl.where(is_q, q_out_at, k_out_at) + cols
-    gamma_at = tl.where(is_q, q_gamma_ptr, k_gamma_ptr) + cols
+    at, out_at, gamma_at, live, rows, token = heads(
+        q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_gamma_ptr, k_gamma_ptr, n_rows, q_step, k_step,
+        q_head_step, k_head_step, out_q_step, out_k_step, out_q_head_step, out_k_head_step,
+        UNIT, Q_HEADS, K_HEADS, H, BLOCK, M, IN_PLACE,
+    )  # fmt: skip
+    cols = tl.arange(0, BLOCK)[None, :]
     if INTERLEAVED:
         pair = tl.arange(0, BLOCK // 2)[None, :]
         rotates = pair < H2

@@ -17,38 +17,23 @@ def rms_norm_kernel(
     n_rows,
     x_step: tl.int64,
     eps,
-    UNIT: tl.constexpr,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
-    M: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    NVIDIA: tl.constexpr,  # compiled for NVIDIA: neither ROCm nor the interpreter
-    PDL: tl.constexpr,
-    FENCE: tl.constexpr,
-    GAMMA: tl.constexpr,  # when it is read: FIRST, WITH_ROWS or LAST
-    STORE: tl.constexpr,  # cache modifier of the stores
+    UNIT: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr,
+    PER_TOKEN: tl.constexpr, NVIDIA: tl.constexpr, PDL: tl.constexpr, FENCE: tl.constexpr,
+    GAMMA: tl.constexpr, STORE: tl.constexpr,
     HEADS: tl.constexpr,  # rows of a token, where they are not the stride of tokens apart
     HEAD_STEP: tl.constexpr,
-):
-    rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
-    live = rows < n_rows
-    wide = rows.to(tl.int64)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    if GAMMA == R.FIRST:
-        gamma = R.load_gamma(gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
+):  # fmt: skip
+    rows, live, wide = R.numbered(n_rows, M)
+    gamma = R.load_gamma(R.FIRST, (), gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
     R.wait_for_previous(PDL)
     if HEADS == 1:
         at = wide * (x_step * UNIT)
     else:
         at = (wide // HEADS) * (x_step * UNIT) + (wide % HEADS) * (HEAD_STEP * UNIT)
     x = R.load(x_ptr, at, live, H, CHUNK, M, "")
-    if GAMMA == R.WITH_ROWS:
-        gamma = R.load_gamma(gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
+    gamma = R.load_gamma(R.WITH_ROWS, gamma, gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
     R.fence(FENCE, PDL)
-    rstd = R.inverse_rms(x, eps, H, dtype)
-    if GAMMA == R.LAST:
-        gamma = R.load_gamma(gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
-    y = R.scale(x, rstd, gamma, tl.float32)  # rounded by the store or by the quantisation
-    if scale_ptr is not None:
-        y = R.quantize(y, scale_ptr, rows, live, dtype, PER_TOKEN, NVIDIA)
-    R.store(y_ptr, wide * H, live, y, H, CHUNK, M, STORE)
+    R.finish(
+        y_ptr, None, scale_ptr, rows, live, x, eps, gamma_ptr, gamma,
+        H, CHUNK, M, PER_TOKEN, NVIDIA, GAMMA, STORE,
+    )  # fmt: skip

@@ -22,39 +22,25 @@ def rms_norm_add_rms_norm_kernel(
     residual_step: tl.int64,
     post_eps,
     pre_eps,
-    UNIT: tl.constexpr,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
-    M: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    NVIDIA: tl.constexpr,  # compiled for NVIDIA: neither ROCm nor the interpreter
-    PDL: tl.constexpr,
-    FENCE: tl.constexpr,
-    GAMMA: tl.constexpr,  # when both are read: FIRST, WITH_ROWS, or pre_gamma LAST
-    STORE: tl.constexpr,  # cache modifier of the stores
-):
-    rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
-    live = rows < n_rows
-    wide = rows.to(tl.int64)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    if GAMMA == R.FIRST:
-        post_gamma = R.load_gamma(post_gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
-        pre_gamma = R.load_gamma(pre_gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
+    UNIT: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr,
+    PER_TOKEN: tl.constexpr, NVIDIA: tl.constexpr, PDL: tl.constexpr, FENCE: tl.constexpr,
+    GAMMA: tl.constexpr, STORE: tl.constexpr,  # LAST is pre_gamma alone
+):  # fmt: skip
+    POST: tl.constexpr = R.FIRST if GAMMA == R.FIRST else R.WITH_ROWS
+    rows, live, wide = R.numbered(n_rows, M)
+    post_gamma = R.load_gamma(R.FIRST, (), post_gamma_ptr, rows, live, H, CHUNK, M, POST)
+    pre_gamma = R.load_gamma(R.FIRST, (), pre_gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
     R.wait_for_previous(PDL)
     x = R.load(x_ptr, wide * (x_step * UNIT), live, H, CHUNK, M, "")
     residual = R.load(residual_ptr, wide * (residual_step * UNIT), live, H, CHUNK, M, "")
-    if GAMMA != R.FIRST:
-        post_gamma = R.load_gamma(post_gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
-    if GAMMA == R.WITH_ROWS:
-        pre_gamma = R.load_gamma(pre_gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
+    post_gamma = R.load_gamma(
+        R.WITH_ROWS, post_gamma, post_gamma_ptr, rows, live, H, CHUNK, M, POST
+    )
+    pre_gamma = R.load_gamma(R.WITH_ROWS, pre_gamma, pre_gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
     R.fence(FENCE, PDL)
-    normed = R.scale(x, R.inverse_rms(x, post_eps, H, dtype), post_gamma, dtype)
-    total = R.add(residual, normed, dtype)
-    R.store(total_ptr, wide * H, live, total, H, CHUNK, M, STORE)
-    rstd = R.inverse_rms(total, pre_eps, H, dtype)
-    if GAMMA == R.LAST:
-        pre_gamma = R.load_gamma(pre_gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
-    y = R.scale(total, rstd, pre_gamma, tl.float32)  # rounded by the store or by the quantisation
-    if scale_ptr is not None:
-        y = R.quantize(y, scale_ptr, rows, live, dtype, PER_TOKEN, NVIDIA)
-    R.store(y_ptr, wide * H, live, y, H, CHUNK, M, STORE)
+    normed = R.scale(x, R.inverse_rms(x, post_eps, H), post_gamma, x[0].dtype)
+    total = R.add(residual, normed)
+    R.finish(
+        y_ptr, total_ptr, scale_ptr, rows, live, total, pre_eps, pre_gamma_ptr, pre_gamma,
+        H, CHUNK, M, PER_TOKEN, NVIDIA, GAMMA, STORE,
+    )  # fmt: skip

@@ -5,6 +5,10 @@ masked. Rows are not padded to a power of two: 5376 columns are three pieces of 
 With ``CHUNK`` = (warps per row) * 32 * (elements in 16 bytes) and ``M * warps per row`` warps, each
 row belongs to its own warps, every access is 16 bytes a thread, and a row is reduced in the same
 order whatever ``M`` is: its bits do not depend on how many rows there are.
+
+The other constants of kernels over rows: a step of a stride is ``UNIT`` elements; ``PER_TOKEN``
+scales are written, not read; ``NVIDIA`` is neither ROCm nor the interpreter; ``PDL``, ``FENCE`` and
+``GAMMA`` are explained below; ``STORE`` is the cache modifier of the stores.
 """
 
 # ruff: noqa: RUF005  (Triton's language has tuple addition, not unpacking)
@@ -55,6 +59,13 @@ def fence(FENCE: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
+def numbered(n_rows, M: tl.constexpr):
+    """The rows of this program [M, 1], which of them exist, and their numbers as int64."""
+    rows = tl.program_id(0) * M + tl.arange(0, M)[:, None]
+    return rows, rows < n_rows, rows.to(tl.int64)
+
+
+@triton.jit
 def load(
     ptr, offsets, live, H: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr, CACHE: tl.constexpr
 ):
@@ -76,24 +87,24 @@ def load(
 
 @triton.jit
 def load_gamma(
-    ptr, rows, live, H: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr, GAMMA: tl.constexpr
-):
-    """Gamma as pieces [M, CHUNK]. Read FIRST it comes from the L2: the L1 may hold an old one."""
-    CACHE: tl.constexpr = ".cg" if GAMMA == FIRST else ""
-    return load(ptr, tl.zeros_like(rows), live, H, CHUNK, M, CACHE)
+    WHEN: tl.constexpr, gamma, ptr, rows, live, H: tl.constexpr, CHUNK: tl.constexpr,
+    M: tl.constexpr, GAMMA: tl.constexpr,
+):  # fmt: skip
+    """Gamma as pieces [M, CHUNK] where GAMMA says to read it now, at WHEN; else ``gamma``.
+
+    Read FIRST it comes from the L2: the L1 may hold an old one.
+    """
+    if GAMMA == WHEN:
+        CACHE: tl.constexpr = ".cg" if GAMMA == FIRST else ""
+        gamma = load(ptr, tl.zeros_like(rows), live, H, CHUNK, M, CACHE)
+    return gamma
 
 
 @triton.jit
 def store(
-    ptr,
-    offsets,
-    live,
-    pieces,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
-    M: tl.constexpr,
-    CACHE: tl.constexpr,
-):
+    ptr, offsets, live, pieces, H: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr, CACHE:
+    tl.constexpr,
+):  # fmt: skip
     """Writes pieces to rows at ``ptr + offsets`` in the dtype of ``ptr``."""
     cols = tl.arange(0, CHUNK)[None, :]
     for i in tl.static_range((H + CHUNK - 1) // CHUNK):
@@ -142,14 +153,14 @@ def rounded(x, dtype: tl.constexpr, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def inverse_rms(pieces, eps, H: tl.constexpr, dtype: tl.constexpr):
+def inverse_rms(pieces, eps, H: tl.constexpr):
     """1 / rms of each row, fp32 [M, 1]. For fp32 rows the last bit of it counts."""
     squares = pieces[0].to(tl.float32) * pieces[0].to(tl.float32)
     for i in tl.static_range(1, len(pieces)):
         x = pieces[i].to(tl.float32)
         squares += x * x
     total = tl.sum(squares, axis=1, keep_dims=True)
-    if dtype == tl.float32:
+    if pieces[0].dtype == tl.float32:
         rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total, H * 1.0) + eps))
     else:
         rstd = tl.rsqrt(total / H + eps)
@@ -166,12 +177,12 @@ def scale(pieces, rstd, gammas, dtype: tl.constexpr):
 
 
 @triton.jit
-def add(residuals, pieces, dtype: tl.constexpr):
-    """The residual add, rounded to ``dtype`` as the unfused add rounds."""
+def add(residuals, pieces):
+    """The residual add, rounded to the dtype of both as the unfused add rounds."""
     total = ()
     for i in tl.static_range(len(pieces)):
         sum32 = residuals[i].to(tl.float32) + pieces[i].to(tl.float32)
-        total = total + (sum32.to(dtype),)
+        total = total + (sum32.to(residuals[0].dtype),)
     return total
 
 
@@ -183,14 +194,9 @@ def _larger(a, b):
 
 @triton.jit
 def quantize(
-    normed,
-    scale_ptr,
-    rows,
-    live,
-    dtype: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    NVIDIA: tl.constexpr,
-):
+    normed, scale_ptr, rows, live, dtype: tl.constexpr, PER_TOKEN: tl.constexpr, NVIDIA:
+    tl.constexpr,
+):  # fmt: skip
     """e4m3 of each fp32 row, rounded to ``dtype`` first, over its scale; saturating.
 
     ``scale_ptr``: fp32, [1] read or [rows] written.
@@ -217,3 +223,24 @@ def quantize(
             value = tl.clamp(value, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         quantized = quantized + (value.to(tl.float8e4nv),)
     return quantized
+
+
+@triton.jit
+def finish(
+    y_ptr, total_ptr, scale_ptr, rows, live, pieces, eps, gamma_ptr, gamma, H: tl.constexpr,
+    CHUNK: tl.constexpr, M: tl.constexpr, PER_TOKEN: tl.constexpr, NVIDIA: tl.constexpr,
+    GAMMA: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """Writes the norm of ``pieces``, in their dtype or, where there is a ``scale_ptr``, as e4m3.
+
+    Writes them, too, where there is a ``total_ptr``.
+    """
+    wide = rows.to(tl.int64)
+    if total_ptr is not None:
+        store(total_ptr, wide * H, live, pieces, H, CHUNK, M, STORE)
+    rstd = inverse_rms(pieces, eps, H)
+    gamma = load_gamma(LAST, gamma, gamma_ptr, rows, live, H, CHUNK, M, GAMMA)
+    y = scale(pieces, rstd, gamma, tl.float32)  # rounded by the store or by the quantisation
+    if scale_ptr is not None:
+        y = quantize(y, scale_ptr, rows, live, pieces[0].dtype, PER_TOKEN, NVIDIA)
+    store(y_ptr, wide * H, live, y, H, CHUNK, M, STORE)

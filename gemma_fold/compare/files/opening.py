@@ -1,0 +1,67 @@
+"""What a path or Hub id is, and its norms."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from gemma_fold.checkpoint.names import shown
+from gemma_fold.compare.files.folders import open_folder
+from gemma_fold.compare.files.gguf import read_gguf, read_tensor
+from gemma_fold.compare.files.gguf_names import ARCHITECTURES, config_of, transformers_name
+from gemma_fold.compare.files.model import NormFile, Tensor
+from gemma_fold.errors import CheckpointError, UnsupportedModelError
+
+
+def open_file(source: str) -> NormFile:
+    """A GGUF file, a folder of any kind, or a Hub id; no tensor is read yet.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or none of these.
+        UnsupportedModelError: a GGUF file of an architecture whose names are not known.
+        HostError: the Hub cannot be reached.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix != ".safetensors":
+        return _open_gguf(source, path)
+    if path.is_dir() and not (path / "config.json").exists():
+        found = sorted(path.glob("*.gguf"))
+        first = [p for p in found if "-of-" not in p.name or "-00001-of-" in p.name]
+        if len(first) == 1:
+            return _open_gguf(source, first[0])
+        if first:
+            raise CheckpointError(f"{path} holds {len(first)} GGUF files; give the one to check")
+    return open_folder(source)
+
+
+def _open_gguf(source: str, path: Path) -> NormFile:
+    found = read_gguf(path)
+    name = found.values.get("general.architecture")
+    architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
+    if architecture is None or not isinstance(name, str):
+        raise UnsupportedModelError(
+            f"{path} is a GGUF file of architecture {shown(name)}, whose norms no table names; "
+            "add it to gemma_fold/compare/files/gguf_names.py"
+        )
+    places = {}
+    for tensor in found.tensors:
+        known = transformers_name(tensor.name, architecture, name, found.values)
+        if known is not None:
+            places[known] = tensor
+
+    def read(names: Collection[str]) -> Mapping[str, bytes]:
+        return {n: read_tensor(places[n]) for n in names}
+
+    return NormFile(
+        name=source,
+        format="gguf",
+        tool="llama.cpp",
+        config=config_of(architecture, name, found.values),
+        tensors={
+            known: Tensor(t.name, t.dtype or f"ggml type {t.type_id}", t.size)
+            for known, t in places.items()
+        },
+        read=read,
+        size=found.size,
+        header_bytes=found.read,
+    )

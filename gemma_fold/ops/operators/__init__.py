@@ -1,0 +1,1 @@
+"""The operators, a file each: what it computes, how its kernel runs, and its public functions."""

@@ -1,0 +1,474 @@
+"""`check`: the verdict on right and wrong files of every format, norm by norm and as a whole."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import norm_files as files
+import numpy as np
+import pytest
+import tiny
+import torch
+from checkpoints import write_checkpoint
+from norm_files import QUANTIZERS, added, only, right, rounded
+
+from gemma_fold import CheckpointError, UnsupportedModelError, UsageError, check, convert
+from gemma_fold.compare.offsets.finding import Finding
+
+FAMILIES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "qwen3_next",
+    "qwen3_5_text",
+    "nemotron",
+    "vaultgemma",
+    "llama",
+)
+ZERO_CENTRED = [f for f in FAMILIES if f != "llama"]
+IN_GGUF = [f for f in FAMILIES if f in files.GGUF_ARCHITECTURES]
+IN_MLX = [f for f in ZERO_CENTRED if f != "vaultgemma"]
+BF16 = ml_dtypes.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file to make: `found` is what its wrong norms are."""
+
+    form: str
+    defect: str
+    write: Callable[[Path, Path], Path]
+    found: Finding | None = None
+
+
+def swap(original: Path) -> files.Change:
+    return files.swapped(files.norms_of(original))
+
+
+def case(form: str, defect: str, found: Finding | None, write: object, **more: object) -> Case:
+    writer: Callable[..., Path] = write  # type: ignore[assignment]
+    return Case(form, defect, lambda original, out: writer(original, out, **more), found)
+
+
+def gguf_cases(family: str) -> Iterator[Case]:
+    gguf = files.write_gguf
+    yield case("gguf", "right", None, gguf)
+    if family == "llama":
+        yield case("gguf", "added to plain", Finding.UNASKED, gguf, change=added(0, extra=1))
+        return
+    yield case("gguf", "not folded", Finding.NOT_FOLDED, gguf, change=added(-1))
+    yield case("gguf", "doubled", Finding.DOUBLED, gguf, change=added(1))
+    yield case("gguf", "bf16", Finding.ROUNDED, gguf, dtype=BF16)
+    yield case("gguf", "fp16", Finding.ROUNDED, gguf, dtype=np.float16)
+    yield case("gguf", "from rounded gamma", Finding.ROUNDED, gguf, change=rounded(BF16))
+    half = only("model.norm", lambda v: v - np.float32(0.5))
+    yield case("gguf", "half an offset", Finding.OFFSET, gguf, change=half)
+    rolled = only("layers.0.input_layernorm", lambda v: np.roll(v, 1))
+    yield case("gguf", "permuted", Finding.PERMUTED, gguf, change=rolled)
+    yield case("gguf", "one norm missing", Finding.ABSENT, gguf, drop="layers.1.input_layernorm")
+    missing = only("model.norm", lambda v: v - np.float32(1))
+    yield case("gguf", "final norm not folded", Finding.NOT_FOLDED, gguf, change=missing)
+    if family.startswith("qwen"):
+        yield case("gguf", "added to plain", Finding.UNASKED, gguf, change=added(0, extra=1))
+
+
+def mlx_cases(family: str) -> Iterator[Case]:
+    mlx = files.write_mlx
+    adds = family in files.MLX_ADDS
+    yield case("mlx", "right", None, mlx)
+    yield case("mlx", "prefixed", None, mlx, prefix="language_model.")
+    yield case(
+        "mlx", "added again", Finding.DOUBLED if adds else Finding.UNASKED, mlx, change=added(1)
+    )
+    if adds:
+        yield case("mlx", "not added", Finding.NOT_FOLDED, mlx, change=added(-1))
+
+
+def folder_cases(family: str) -> Iterator[Case]:
+    folder = files.write_folder
+    yield case("merged", "right", None, folder)
+    yield case("merged", "peft names", None, folder, prefix="base_model.model.")
+    yield case("megatron", "float32", None, folder, dtype=np.float32)
+    for tool, settings in QUANTIZERS.items():
+        config = {"quantization_config": settings}
+        yield case(tool, "right", None, folder, config=config)
+        if family == "llama":
+            continue
+        yield case(tool, "folded", Finding.UNASKED, folder, config=config, change=added(1))
+        through = rounded(BF16)
+        yield case(tool, "rounded", Finding.ROUNDED, folder, config=config, change=through)
+    if family == "llama":
+        yield case("merged", "added", Finding.UNASKED, folder, change=added(0, extra=1))
+        return
+    yield case("merged", "doubled", Finding.DOUBLED, folder, change=added(2))
+    yield case("megatron", "subtracted", Finding.NOT_FOLDED, folder, change=added(-1))
+    zeros = only("layers.0.input_layernorm", np.zeros_like)
+    yield case("merged", "identity", Finding.ABSORBED, folder, change=zeros)
+    noise = only("model.norm", lambda v: np.random.default_rng(9).normal(0, 1, v.size))
+    yield case("merged", "another model", Finding.CHANGED, folder, change=noise, dtype=np.float32)
+    longer = only("model.norm", lambda v: np.append(v, v))
+    yield case("merged", "longer", Finding.SHAPE, folder, change=longer)
+    yield case("merged", "fp8 norms", Finding.UNREADABLE, folder, dtype=ml_dtypes.float8_e4m3fn)
+    half = only("model.norm", lambda v: v * np.float32(0.75))
+    yield case("merged", "w times 0.75", Finding.SCALED_W, folder, change=half, dtype=np.float32)
+
+
+def folded_cases(family: str) -> Iterator[Case]:
+    def fold(original: Path, out: Path, **more: object) -> Path:
+        convert(original, out, **more)  # type: ignore[arg-type]
+        return out
+
+    if family != "llama":
+        yield case("folded", "right", None, fold)
+        yield case("folded", "no tensor lock", None, fold, tensor_lock=False)
+
+
+def cases(family: str) -> Iterator[Case]:
+    if family in IN_GGUF:
+        yield from gguf_cases(family)
+    if family in IN_MLX:
+        yield from mlx_cases(family)
+    yield from folder_cases(family)
+    yield from folded_cases(family)
+
+
+TABLE = [(family, one) for family in FAMILIES for one in cases(family)]
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("originals")
+    found = {f: tiny.save(f, root / f, torch.bfloat16) for f in ZERO_CENTRED}
+    return found | {"llama": files.plain_llama(root / "llama")}
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted"), TABLE, ids=[f"{f}-{c.form}-{c.defect}" for f, c in TABLE]
+)
+def test_verdict(family: str, wanted: Case, originals: dict[str, Path], tmp_path: Path) -> None:
+    original = originals[family]
+    made = wanted.write(original, tmp_path / ("a.gguf" if wanted.form == "gguf" else "made"))
+    report = check(made, against=original)
+    wrong = {norm.finding for norm in report.norms if not norm.right}
+    assert wrong == ({wanted.found} if wanted.found else set()), report.verdict.line
+    assert report.verdict.right is (wanted.found is None)
+    assert report.verdict.exit_code == int(not report.verdict.right)
+    assert {n.name for n in report.norms} == {
+        name.removeprefix("model.") for name in files.norms_of(original)
+    }
+
+
+def test_table_is_wide() -> None:
+    """What the table above is asked to be: files, formats and families, right and wrong."""
+    assert len(TABLE) >= 200
+    assert len({c.form for _, c in TABLE}) >= 8
+    assert len({f for f, _ in TABLE}) >= 6
+    verdicts = Counter(c.found is None for _, c in TABLE)
+    assert min(verdicts.values()) >= 40
+
+
+class TestNumbers:
+    """What is said of each norm beside its verdict."""
+
+    def test_rounding_is_counted(self, originals: dict[str, Path], tmp_path: Path) -> None:
+        original = originals["gemma3_text"]
+        made = files.write_folder(original, tmp_path / "made", rounded(BF16))
+        report = check(made, against=original)
+        for norm in report.norms:
+            w = files.norms_of(original)[f"model.{norm.name}"].w
+            gamma = (w + np.float32(1)).astype(BF16).astype(np.float32)
+            assert norm.changed == np.count_nonzero(gamma - 1 != w)
+            # Both gains are positive or both negative here, so their bits count the steps.
+            steps = np.abs(gamma.view(np.int32).astype(int) - (w + 1).view(np.int32).astype(int))
+            assert norm.max_ulp == steps.max()
+        changed = sum(n.changed for n in report.norms)
+        total = sum(n.elements for n in report.norms)
+        assert f"{changed:,} of {total:,} weights" in report.verdict.line
+
+    def test_swapped_layers_are_named(self, originals: dict[str, Path], tmp_path: Path) -> None:
+        original = originals["gemma2"]
+        made = files.write_gguf(original, tmp_path / "a.gguf", swap(original))
+        report = check(made, against=original)
+        found = {n.name: n.of for n in report.norms if n.finding is Finding.OTHER_NORM}
+        assert found["layers.0.input_layernorm.weight"] == "layers.1.input_layernorm.weight"
+        assert len(found) == len(report.norms) - 1
+
+    def test_another_offset_is_fitted(self, originals: dict[str, Path], tmp_path: Path) -> None:
+        original = originals["gemma"]
+        half = only("model.norm", lambda v: v - np.float32(0.625))
+        report = check(files.write_gguf(original, tmp_path / "a.gguf", half), against=original)
+        norm = next(n for n in report.norms if not n.right)
+        assert norm.offset == pytest.approx(0.375, abs=1e-6)
+        assert norm.residual is not None and norm.residual < 1e-6
+
+
+class TestScales:
+    """AWQ's scales: right where they were put on the gain, wrong where they were put on w."""
+
+    @pytest.fixture
+    def original(self, tmp_path: Path) -> Path:
+        rng = np.random.default_rng(3)
+        tensors = {
+            f"model.layers.{layer}.{name}.weight": rng.normal(0.1, 0.4, 256).astype(BF16)
+            for layer in range(2)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        } | {"model.norm.weight": rng.normal(0, 0.4, 256).astype(BF16)}
+        config = {"model_type": "gemma", "num_hidden_layers": 2}
+        return write_checkpoint(tmp_path / "original", tensors, config)
+
+    @pytest.mark.parametrize("tool", ["awq", "compressed-tensors", None])
+    def test_on_the_gain(self, tool: str | None, original: Path, tmp_path: Path) -> None:
+        config = {"quantization_config": QUANTIZERS[tool]} if tool else {}
+        made = files.write_folder(original, tmp_path / "made", files.scaled_gain, config=config)
+        report = check(made, against=original)
+        assert Counter(n.finding for n in report.norms) == {Finding.SCALED: 2, Finding.SAME: 3}
+        assert report.verdict.right is (tool is not None)
+
+    def test_on_w(self, original: Path, tmp_path: Path) -> None:
+        config = {"quantization_config": QUANTIZERS["awq"]}
+        made = files.write_folder(original, tmp_path / "made", files.scaled_w, config=config)
+        report = check(made, against=original)
+        assert Counter(n.finding for n in report.norms) == {Finding.SCALED_W: 2, Finding.SAME: 3}
+        assert report.verdict.right is False
+
+    def test_trained_a_little_further(self, original: Path, tmp_path: Path) -> None:
+        """Signs of w are kept there, too."""
+
+        def change(name: str, norm: files.Norm, held: int) -> files.Array:
+            return norm.w * np.random.default_rng(8).uniform(0.98, 1.02, norm.w.size)
+
+        made = files.write_folder(original, tmp_path / "made", change, dtype=np.float32)
+        report = check(made, against=original)
+        assert {(n.finding, n.added) for n in report.norms} == {(Finding.CHANGED, 0)}
+        assert all("trained further" in n.remark for n in report.norms)
+
+    def test_on_the_gain_but_folded(self, original: Path, tmp_path: Path) -> None:
+        def change(name: str, norm: files.Norm, held: int) -> files.Array:
+            extra = 1 if "input_layernorm" in name else 0
+            return files.scaled_gain(name, norm, held) + np.float32(extra)
+
+        config = {"quantization_config": QUANTIZERS["awq"]}
+        made = files.write_folder(original, tmp_path / "made", change, config=config)
+        report = check(made, against=original)
+        assert Counter(n.finding for n in report.norms) == {Finding.UNASKED: 2, Finding.SAME: 3}
+
+
+class TestTensors:
+    """Single norms of a runtime."""
+
+    def test_gamma(self, originals: dict[str, Path], tmp_path: Path) -> None:
+        original = originals["qwen3_next"]
+        given = files.write_arrays(original, tmp_path / "arrays")
+        assert check(tensors=given, against=original).verdict.right is True
+        given = files.write_arrays(original, tmp_path / "raw", added(-1))
+        assert check(tensors=given, against=original).verdict.right is False
+        assert check(tensors=given, against=original, expect="w").verdict.right is True
+
+    @pytest.mark.parametrize("dtype", [np.float64, BF16, np.float16])
+    def test_dtypes_and_names_of_gguf(
+        self, dtype: type, originals: dict[str, Path], tmp_path: Path
+    ) -> None:
+        original = originals["gemma3_text"]
+        w = files.norms_of(original)["model.layers.1.post_feedforward_layernorm.weight"].w
+        np.save(tmp_path / "gain.npy", (w + np.float32(1)).astype(dtype))
+        given = [f"blk.1.post_ffw_norm={tmp_path / 'gain.npy'}"]
+        report = check(tensors=given, against=original)
+        wanted = Finding.FOLDED if dtype is np.float64 else Finding.ROUNDED
+        assert [n.finding for n in report.norms] == [wanted]
+
+    def test_standard_input(
+        self, originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = originals["gemma"]
+        stream = io.BytesIO()
+        np.save(stream, files.norms_of(original)["model.norm.weight"].w + np.float32(1))
+        stream.seek(0)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stream))
+        assert check(tensors=["norm=-"], against=original).verdict.right is True
+
+    @pytest.mark.parametrize(
+        "given", [["norm"], ["norm="], ["=a.npy"], ["nothing=a.npy"], ["a=-", "b=-"]]
+    )
+    def test_nonsense(self, given: list[str], originals: dict[str, Path], tmp_path: Path) -> None:
+        np.save(tmp_path / "a.npy", np.zeros(32, np.float32))
+        given = [g.replace("a.npy", str(tmp_path / "a.npy")) for g in given]
+        with pytest.raises(UsageError):
+            check(tensors=given, against=originals["gemma"])
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff{", b"x" * 100]
+    )
+    def test_damaged(self, content: bytes, originals: dict[str, Path], tmp_path: Path) -> None:
+        (tmp_path / "a.npy").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"no \.npy file"):
+            check(tensors=[f"norm={tmp_path / 'a.npy'}"], against=originals["gemma"])
+
+    @pytest.mark.parametrize("array", [np.zeros((2, 3)), np.zeros(3, int), np.zeros(3, object)])
+    def test_no_norm(self, array: files.Array, originals: dict[str, Path], tmp_path: Path) -> None:
+        np.save(tmp_path / "a.npy", array)
+        with pytest.raises(CheckpointError):
+            check(tensors=[f"norm={tmp_path / 'a.npy'}"], against=originals["gemma"])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An original whose gains are as trained ones are: nearly all positive, some near zero."""
+    rng = np.random.default_rng(4)
+
+    def norm() -> files.Array:
+        return (np.exp(rng.normal(0.5, 0.9, 512)) - 1).astype(BF16)
+
+    tensors = {
+        f"model.layers.{layer}.{name}.weight": norm()
+        for layer in range(4)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    } | {"model.norm.weight": norm()}
+    config = {"model_type": "gemma", "num_hidden_layers": 4}
+    return write_checkpoint(tmp_path_factory.mktemp("trained") / "original", tensors, config)
+
+
+class TestAlone:
+    """Without the original: what the numbers themselves show, and no more."""
+
+    @pytest.mark.parametrize(
+        ("change", "dtype", "added_times", "sure", "is_right"),
+        [
+            (right, np.float32, 1, "bits", True),
+            (added(-1), np.float32, 0, "statistics", False),
+            (added(1), np.float32, 2, "bits", False),
+            (right, BF16, 1, "statistics", False),
+        ],
+    )
+    def test_gguf(
+        self,
+        change: files.Change,
+        dtype: type,
+        added_times: int,
+        sure: str,
+        is_right: bool,
+        trained: Path,
+        tmp_path: Path,
+    ) -> None:
+        report = check(files.write_gguf(trained, tmp_path / "a.gguf", change, dtype))
+        assert report.evidence is not None
+        assert (report.evidence.added, report.evidence.sure) == (added_times, sure)
+        assert report.verdict.right is is_right
+
+    @pytest.mark.parametrize(
+        ("change", "added_times", "rounding", "is_right"),
+        [
+            (right, 0, "", True),
+            (added(1), 1, "", False),
+            (rounded(BF16), 0, "bf16", False),
+        ],
+    )
+    def test_folder(
+        self,
+        change: files.Change,
+        added_times: int,
+        rounding: str,
+        is_right: bool,
+        trained: Path,
+        tmp_path: Path,
+    ) -> None:
+        report = check(files.write_folder(trained, tmp_path / "made", change))
+        assert report.evidence is not None
+        assert (report.evidence.added, report.evidence.rounding) == (added_times, rounding)
+        assert report.verdict.right is is_right
+
+    def test_too_little_to_tell(self, originals: dict[str, Path]) -> None:
+        report = check(originals["nemotron"])
+        assert report.verdict.right is None
+        assert report.verdict.exit_code == 2
+        assert "--against" in report.verdict.line
+
+    def test_plain_family(self, originals: dict[str, Path]) -> None:
+        report = check(originals["llama"])
+        assert report.evidence is None
+        assert report.verdict.exit_code == 2
+
+
+class TestSides:
+    """What either side may be."""
+
+    def test_gguf_as_the_original(self, originals: dict[str, Path], tmp_path: Path) -> None:
+        original = originals["gemma3_text"]
+        gguf = files.write_gguf(original, tmp_path / "a.gguf")
+        assert check(original, against=gguf).verdict.right is True
+        doubled = files.write_gguf(original, tmp_path / "b.gguf", added(1))
+        assert check(doubled, against=gguf).verdict.right is False
+        folded = files.write_folder(original, tmp_path / "folded", added(1), dtype=np.float32)
+        assert check(folded, against=gguf).verdict.right is False
+
+    def test_split_gguf_and_folder_of_one(self, originals: dict[str, Path], tmp_path: Path) -> None:
+        original = originals["gemma"]
+        first = tmp_path / "m" / "m-00001-of-00002.gguf"
+        first.parent.mkdir()
+        files.write_gguf(original, first, drop="model.norm")
+        second = first.with_name("m-00002-of-00002.gguf")
+        files.write_gguf(original, second, drop="layers")
+        with pytest.raises(CheckpointError, match="twice"):
+            check(_with_same_norm(original, tmp_path), against=original)
+        report = check(first.parent, against=original)
+        assert report.verdict.right is True
+        assert len(report.norms) == len(files.norms_of(original))
+        second.unlink()
+        with pytest.raises(CheckpointError, match="no such file"):
+            check(first, against=original)
+
+    def test_vision_wrapper_beside_its_text_model(
+        self, originals: dict[str, Path], tmp_path: Path
+    ) -> None:
+        wrapper = tiny.save("gemma3", tmp_path / "wrapper", torch.bfloat16)
+        tensors = files.read_tensors(wrapper)
+        config = json.loads((wrapper / "config.json").read_text())
+        text = {n.replace("language_model.", ""): t for n, t in tensors.items() if "language" in n}
+        alone = write_checkpoint(tmp_path / "text", text, config["text_config"])
+        report = check(alone, against=wrapper)
+        assert report.verdict.right is True
+        assert "multi_modal_projector.mm_soft_emb_norm.weight" in report.left_out
+
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+    def test_adapter_merged_by_peft(self, originals: dict[str, Path], tmp_path: Path) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        original = originals["gemma3_text"]
+        model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16)
+        adapted = get_peft_model(
+            model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        )
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        report = check(tmp_path / "merged", against=original)
+        assert report.verdict.right is True and len(report.norms) == 13
+
+    def test_unknown_model(self, tmp_path: Path, originals: dict[str, Path]) -> None:
+        unknown = write_checkpoint(tmp_path / "unknown", None, {"model_type": "who"})
+        with pytest.raises(UnsupportedModelError):
+            check(originals["gemma"], against=unknown)
+
+    def test_incomplete_original(self, originals: dict[str, Path], tmp_path: Path) -> None:
+        less = files.write_folder(originals["gemma"], tmp_path / "less", drop="model.norm")
+        with pytest.raises(CheckpointError, match="lacks"):
+            check(originals["gemma"], against=less)
+
+    def test_usage(self, originals: dict[str, Path]) -> None:
+        for arguments in ({}, {"file": "a", "tensors": ["a=b"]}, {"tensors": ["a=b"]}):
+            with pytest.raises(UsageError):
+                check(**arguments)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="neither w nor gamma"):
+            check(originals["gemma"], expect="both")
+
+
+def _with_same_norm(original: Path, folder: Path) -> Path:
+    """Two parts that both hold the final norm."""
+    first = folder / "twice-00001-of-00002.gguf"
+    files.write_gguf(original, first)
+    files.write_gguf(original, first.with_name("twice-00002-of-00002.gguf"), drop="layers")
+    return first
