@@ -262,7 +262,7 @@ def _check_complete(remote: RemoteCheckpoint) -> None:
         known = isinstance(file, str) and file in remote.headers
         if not known or name not in remote.headers[file].tensors:
             raise CheckpointError(
-                f"{remote.repo_id}: by the weight index, tensor {name} is in {file!r}, "
+                f"{remote.repo_id}: the weight index places tensor {name} in {file!r}, "
                 "but it is not there; report it to its author"
             )
 

@@ -14,7 +14,7 @@ import transformers
 from commands import run_here
 
 from gemma_fold.commands.convert import convert
-from gemma_fold.engines import doctor
+from gemma_fold.engines import checks, doctor
 from gemma_fold.errors import (
     CheckpointError,
     HostError,
@@ -234,4 +234,4 @@ def test_versions_are_compared_as_numbers() -> None:
     engine = doctor.Engine("vllm", "0.33.1+cpu", ("0.26", "0.33"))
     assert engine.as_tested
     assert not doctor.Engine("vllm", "0.4.2", ("0.26", "0.33")).as_tested
-    assert doctor.numbers("0.5.23.post1") == (0, 5, 23)
+    assert checks.numbers("0.5.23.post1") == (0, 5, 23)

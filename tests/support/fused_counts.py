@@ -20,7 +20,7 @@ from typing import Any
 import tiny
 import torch
 
-from gemma_fold.engines import doctor
+from gemma_fold.engines import checks, doctor
 from gemma_fold.engines.transformers import layers
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.engines.transformers.weights import zero_centred_norms
@@ -44,7 +44,7 @@ IN_SERVERS = {"gemma2": 4, "gemma3": 4}
 
 def rows() -> Iterator[dict[str, Any]]:
     version = doctor.installed("transformers")
-    if version is not None and doctor.numbers(version) >= (5, 17):
+    if version is not None and checks.numbers(version) >= (5, 17):
         for family, expected in IN_TRANSFORMERS.items():
             if family in tiny.available():
                 yield {
@@ -100,10 +100,10 @@ def main() -> None:
     new = list(rows())
     here = {(row["engine"], row["version"]) for row in new}
     kept = [row for row in kept if (row["engine"], row["version"]) not in here]
-    order = list(doctor.TESTED)
+    order = list(checks.TESTED)
     both = sorted(
         [*kept, *new],
-        key=lambda row: (order.index(row["engine"]), doctor.numbers(row["version"])),
+        key=lambda row: (order.index(row["engine"]), checks.numbers(row["version"])),
     )
     RESULTS.write_text(json.dumps(both, indent=1) + "\n")
     for row in new:
