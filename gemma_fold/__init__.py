@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from gemma_fold.commands.verify import VerifyReport, verify
     from gemma_fold.compare.report.verdict import DiffLimits, DiffReport
     from gemma_fold.compare.run import DiffOptions, diff
-    from gemma_fold.engines.transformers.models import fold_model, unfold_model
     from gemma_fold.engines.transformers.plugin import load
+    from gemma_fold.engines.transformers.weights import fold_model, unfold_model
 
 #: Where each name that is imported on first use lives: as in the block above.
 _HOME = {
@@ -57,13 +57,13 @@ _HOME = {
     "check": "commands.check",
     "convert": "commands.convert",
     "diff": "compare.run",
-    "fold_model": "engines.transformers.models",
+    "fold_model": "engines.transformers.weights",
     "inspect": "commands.inspect",
     "load": "engines.transformers.plugin",
     "ops": "",
     "rules": "",
     "unfold": "commands.unfold",
-    "unfold_model": "engines.transformers.models",
+    "unfold_model": "engines.transformers.weights",
     "verify": "commands.verify",
 }
 

@@ -176,7 +176,7 @@ def _rule(norm: ExportedNorm, family: ExportedFamily) -> str:
 
 
 class ProgressBar(Progress):
-    """A bar with bytes and the current file on stderr; nothing where stderr is no terminal."""
+    """A bar with bytes and the current file on stderr; nothing if stderr is not a terminal."""
 
     def __init__(self, label: str) -> None:
         self._label = label
