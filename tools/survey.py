@@ -259,7 +259,7 @@ def source(engine: str, path: Path, write: bool) -> list[str]:
         table[engine] = {
             "version": version,
             "files": {
-                file: {"rows": []} | known.get(file, {}) | {"adds": names}
+                file: {"adds": names, "rows": []} | known.get(file, {}) | {"adds": names}
                 for file, names in users.items()
             },
         }
