@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import CONFIG, HIDDEN, gemma3_tensors, tree, write_checkpoint
-from commands import run
+from commands import run_here
 from safetensors.numpy import save_file
 
 Damage = Callable[[Path], None]
@@ -22,7 +22,7 @@ Damage = Callable[[Path], None]
 def assert_refused(source: Path, out: Path, exit_code: int, message: str, *options: str) -> None:
     """convert fails with one line that matches, and neither OUT nor SOURCE was touched."""
     before = sorted(out.parent.rglob("*"))
-    result = run("convert", source, "-o", out, *options)
+    result = run_here("convert", source, "-o", out, *options)
     assert result.returncode == exit_code, result.stderr
     assert result.stdout == ""
     line = result.stderr.strip()
@@ -86,7 +86,7 @@ FOLDERS: dict[str, tuple[Damage, int, str]] = {
     "no config": (remove("config.json"), 2, "no config.json.*model folder"),
     "config not JSON": (write("config.json", b"{"), 2, "config.json is not valid JSON"),
     "config not UTF-8": (write("config.json", b'{"a": "\xff"}'), 2, "config.json is not valid"),
-    "config a list": (write("config.json", b"[]"), 2, "config.json holds no JSON object"),
+    "config a list": (write("config.json", b"[]"), 2, "config.json does not hold a JSON object"),
     "unknown model type": (edit_config(model_type="gemma99"), 3, "gemma99"),
     "no model type": (edit_config(model_type=None), 3, "model_type"),
     "plain family": (edit_config(model_type="llama"), 3, "llama.*plain"),
@@ -213,11 +213,11 @@ def test_nan_and_infinity_are_reported_and_folded(tmp_path: Path) -> None:
     w = np.ones(HIDDEN, np.float16)
     w[:3] = [np.nan, np.inf, -np.inf]
     source = write_checkpoint(tmp_path / "model", with_tensor(NORM, w))
-    result = run("convert", source, "-o", tmp_path / "out")
+    result = run_here("convert", source, "-o", tmp_path / "out")
     assert result.returncode == 0
     assert "NaN or infinity in 1 norms" in result.stdout
-    assert run("verify", tmp_path / "out", "--against", source).returncode == 0
-    assert run("unfold", tmp_path / "out", "-o", tmp_path / "back").returncode == 0
+    assert run_here("verify", tmp_path / "out", "--against", source).returncode == 0
+    assert run_here("unfold", tmp_path / "out", "-o", tmp_path / "back").returncode == 0
     assert tree(tmp_path / "back") == tree(source)
 
 
@@ -249,7 +249,10 @@ def with_length(raw: bytes, length: int) -> bytes:
 
 HEADERS: dict[str, tuple[Damage, str]] = {
     "truncated data": (rewrite(lambda raw: raw[:-1]), "truncated"),
-    "truncated header": (rewrite(lambda raw: raw[:100]), "header has .* bytes, but the file has"),
+    "truncated header": (
+        rewrite(lambda raw: raw[:100]),
+        "header would have .* bytes, but the file has",
+    ),
     "empty file": (rewrite(lambda raw: b""), "0 bytes long"),
     "header too large": (rewrite(lambda raw: with_length(raw, 1 << 40)), "over the format's"),
     "not UTF-8": (rewrite(lambda raw: raw[:20] + b"\xff" + raw[21:]), "not UTF-8"),
@@ -278,7 +281,7 @@ def test_damaged_weight_file_is_refused(case: str, tmp_path: Path) -> None:
     assert_refused(source, tmp_path / "out", 2, f"model.safetensors.*({message})")
 
 
-# --- sources that are no folder, outputs that are in the way -------------------------------------
+# --- sources that are not folders, outputs that are in the way ------------------------------------
 
 
 def test_source_that_is_no_folder(tmp_path: Path) -> None:
@@ -309,13 +312,13 @@ def test_output_that_is_in_the_way(tmp_path: Path) -> None:
     assert_refused(source, tmp_path / "full", 2, "not empty")
     assert_refused(source, tmp_path / "file", 2, "is a file")
     (tmp_path / "empty").mkdir()
-    assert run("convert", source, "-o", tmp_path / "empty").returncode == 0
+    assert run_here("convert", source, "-o", tmp_path / "empty").returncode == 0
 
 
 def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
-    assert run("convert", tmp_path).returncode == 2
-    assert run("no-such-command").returncode == 2
-    assert run("verify", tmp_path).returncode == 2
+    assert run_here("convert", tmp_path).returncode == 2
+    assert run_here("no-such-command").returncode == 2
+    assert run_here("verify", tmp_path).returncode == 2
 
 
 def test_plain_families_have_nothing_to_fold(tmp_path: Path) -> None:
@@ -324,5 +327,5 @@ def test_plain_families_have_nothing_to_fold(tmp_path: Path) -> None:
         config = CONFIG | {"model_type": model_type}
         source = write_checkpoint(tmp_path / model_type, tensors, config)
         assert_refused(source, tmp_path / "out", 3, f"{model_type}.*plain gamma")
-        result = run("inspect", source)
+        result = run_here("inspect", source)
         assert result.returncode == 3 and "nothing to fold" in result.stdout

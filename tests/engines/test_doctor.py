@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import pytest
 import tiny
 import torch
 import transformers
+from commands import run_here
 
 from gemma_fold.commands.convert import convert
-from gemma_fold.engines import doctor
-from gemma_fold.engines.attach import outlook
+from gemma_fold.engines import checks, doctor
 from gemma_fold.errors import (
     CheckpointError,
     HostError,
@@ -23,8 +22,6 @@ from gemma_fold.errors import (
     UnsupportedModelError,
     UsageError,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 #: A model in the protocol of vLLM and SGLang, written for these tests.
 ENGINE_SOURCE = """
@@ -181,11 +178,17 @@ def test_a_plugin_that_is_left_out(
     assert found.engines[1].plugin is False and not found.ok
     assert "does not find gemma-fold: install it beside, and see VLLM_PLUGINS" in doctor.text(found)
     monkeypatch.setenv("VLLM_PLUGINS", "another, gemma_fold")
+    assert doctor.diagnose().engines[1].plugin is False  # vLLM takes the names as they are
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    assert doctor.diagnose().engines[1].plugin is False  # nothing is allowed
+    monkeypatch.setenv("VLLM_PLUGINS", "another,gemma_fold")
     assert doctor.diagnose().engines[1].plugin
+    monkeypatch.setenv("SGLANG_PLUGINS", "another, gemma_fold")
+    assert doctor.diagnose().engines[2].plugin
 
 
 def test_what_cannot_be_diagnosed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         doctor.diagnose(tmp_path / "absent" / "folder" / "deep")
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         doctor.diagnose(tmp_path)
@@ -214,25 +217,21 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command(gemma3: Path, tmp_path: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "gemma_fold", "doctor", *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    found = run(str(gemma3), "--json")
+    found = run_here("doctor", gemma3, "--json")
     assert found.returncode == 0, found.stderr
     plain = json.loads(found.stdout)
     assert plain["ok"] and plain["outlooks"][0]["report"]["fused"] == 4
-    assert "4 of 4 sandwiches fused (built without weights)" in run(str(gemma3)).stdout
+    assert "4 of 4 sandwiches fused (built without weights)" in run_here("doctor", gemma3).stdout
     transformers.LlamaConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     ).save_pretrained(tmp_path)
-    refused = run(str(tmp_path))
+    refused = run_here("doctor", tmp_path)
     assert refused.returncode == 3 and refused.stderr.count("\n") == 1
-    assert run(str(tmp_path / "absent")).returncode == 2
+    assert run_here("doctor", tmp_path / "absent").returncode == 2
 
 
 def test_versions_are_compared_as_numbers() -> None:
     engine = doctor.Engine("vllm", "0.33.1+cpu", ("0.26", "0.33"))
     assert engine.as_tested
     assert not doctor.Engine("vllm", "0.4.2", ("0.26", "0.33")).as_tested
-    assert outlook.numbers("0.5.23.post1") == (0, 5, 23)
+    assert checks.numbers("0.5.23.post1") == (0, 5, 23)
