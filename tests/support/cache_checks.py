@@ -37,8 +37,8 @@ class Case:
     @property
     def qkv_heads(self) -> tuple[Tensor, Tensor, Tensor]:
         q_heads, k_heads, size = self.heads
-        q, k, v = self.qkv.unflatten(1, (-1, size)).split([q_heads, k_heads, k_heads], dim=1)
-        return q, k, v
+        heads = self.qkv.view(-1, q_heads + 2 * k_heads, size)
+        return heads[:, :q_heads], heads[:, q_heads:-k_heads], heads[:, -k_heads:]
 
     @property
     def caches(self) -> tuple[Tensor, Tensor]:
@@ -93,6 +93,10 @@ def make(
         slots[token] = outside[index % len(outside)]
     shape = (3, tokens) if section else (tokens,)
     positions = torch.randint(0, POSITIONS, shape, generator=generator)
+
+    def scale(value: float) -> Tensor | None:
+        return torch.tensor([value], device=device) if fp8 else None
+
     return Case(
         qkv=qkv,
         heads=heads,
@@ -102,7 +106,7 @@ def make(
         room=room,
         layout=layout,
         slots=slots[: tokens - tokens // 8].to(device),
-        scales=tuple(torch.tensor([s], device=device) if fp8 else None for s in (0.37, 2.9)),
+        scales=(scale(0.37), scale(2.9)),
         section=section,
         **others,
     )
@@ -128,12 +132,11 @@ def run_unfused(case: Case) -> None:
     """What ``case.run`` must equal: qk_rms_norm_rope, then each token's rows into its slot."""
     q, k, v = case.qkv_heads
     turned = k.clone()
-    table, positions = case.cos_sin, case.positions
-    if case.section:
-        table, positions = turned_by_axes(case).contiguous(), None
+    by_token = turned_by_axes(case).contiguous() if case.section else None
     ops.qk_rms_norm_rope(
-        q, turned, *case.gains, table, positions, EPS, interleaved=case.interleaved
-    )
+        q, turned, *case.gains, case.cos_sin if by_token is None else by_token,
+        case.positions if by_token is None else None, EPS, interleaved=case.interleaved,
+    )  # fmt: skip
     for x, cache, scale in zip((turned, v), case.caches, case.scales, strict=True):
         if scale is not None:
             x = (x.float() / scale).clamp(-448.0, 448.0).to(FP8)
