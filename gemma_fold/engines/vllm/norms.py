@@ -7,12 +7,14 @@ copy without asking a loader, and fail on the shape.
 If vLLM's layer calls two norms in a row, the first one passes its input on, and the second one does
 the work of both, together with the all-reduce before them if that was left to it.
 
-The norms of q and k have three modes:
+The norms of q and k have four modes:
 
 * fused: one launch norms every q and k head in place, right after their projection. The best if
   each kernel is launched by itself.
 * inline: an expression, which a compiler fuses with the rotary embedding that follows.
 * separate: one operator for q and one for k, if an adapter may replace the projection.
+* cached: with the rotary embedding and the write of the KV cache, as `cached.py` says. Only if it
+  is asked for, and where the layer allows it; others have the mode they have by default.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from vllm.config import CompilationMode
+from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
 from gemma_fold import ops
@@ -29,6 +32,8 @@ from gemma_fold.engines.known_code import statements_digest
 from gemma_fold.engines.mode import requested
 from gemma_fold.engines.vllm.weights import Loader
 from gemma_fold.engines.weights import fold
+
+logger = init_logger("vllm.gemma_fold")
 
 Normed = Tensor | tuple[Tensor, Tensor]
 
@@ -111,13 +116,14 @@ def adopt(module: nn.Module, cls: type[NativeNorm], loader: Loader) -> NativeNor
     return module
 
 
-QkMode = Literal["fused", "inline", "separate"]
+QkMode = Literal["fused", "inline", "separate", "cached"]
 
 VARIABLE = "GEMMA_FOLD_QK"
 _CLASSES: dict[QkMode, type[NativeNorm]] = {
     "fused": PassedNorm,
     "inline": InlineNorm,
     "separate": NativeNorm,
+    "cached": PassedNorm,
 }
 
 
@@ -131,6 +137,10 @@ def choose_qk_mode(vllm_config: Any) -> QkMode:
     for mode in _CLASSES:
         if wanted == mode:
             return mode
+    return _default_qk_mode(vllm_config)
+
+
+def _default_qk_mode(vllm_config: Any) -> QkMode:
     if vllm_config.compilation_config.mode != CompilationMode.NONE:
         return "inline"
     return "separate" if vllm_config.lora_config is not None else "fused"
@@ -146,11 +156,31 @@ def adopt_qk_norms(attention: Any, vllm_config: Any, loader: Loader, forward: st
     ):
         return 0
     mode = choose_qk_mode(vllm_config)
+    if mode == "cached" and (reason := _not_cached(attention, vllm_config)):
+        logger.warning_once(
+            "gemma-fold: %s=cached, but %s; vLLM writes the KV cache", VARIABLE, reason
+        )
+        mode = _default_qk_mode(vllm_config)
     for norm in (attention.q_norm, attention.k_norm):
         adopt(norm, _CLASSES[mode], loader)
+    if mode == "cached":
+        from gemma_fold.engines.vllm.cached import take_over
+
+        take_over(attention, vllm_config)
     if mode == "fused":
         attention.qkv_proj.register_forward_hook(_QkHook(attention))
     return 2
+
+
+def _not_cached(attention: Any, vllm_config: Any) -> str:
+    """Why vLLM is to write the cache of `attention`; empty if it need not."""
+    try:
+        # Imported here: other modes need none of it.
+        from gemma_fold.engines.vllm.cached import problem
+
+        return problem(attention, vllm_config)
+    except (ImportError, AttributeError) as error:
+        return f"vLLM has changed: {error}"
 
 
 class _QkHook:
