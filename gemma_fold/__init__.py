@@ -9,6 +9,7 @@
     gemma_fold.load(path_or_hub_id)     a folded checkpoint as a transformers model
     gemma_fold.fold_model(model)        the same for a model already in memory
     gemma_fold.unfold_model(model)      and back
+    gemma_fold.rules                    lookup(model_type, tensor): what a norm's weight stores
     gemma_fold.ops                      operators that take the fp32 gamma
 
 Importing this package imports neither torch nor numpy; a name does when it is first used.
@@ -31,7 +32,7 @@ from gemma_fold.errors import (
 )
 
 if TYPE_CHECKING:
-    from gemma_fold import ops
+    from gemma_fold import ops, rules
     from gemma_fold.checkpoint.progress import Progress
     from gemma_fold.commands.check import CheckReport, check
     from gemma_fold.commands.convert import ConversionReport, convert
@@ -60,6 +61,7 @@ _HOME = {
     "inspect": "commands.inspect",
     "load": "engines.transformers.plugin",
     "ops": "",
+    "rules": "",
     "unfold": "commands.unfold",
     "unfold_model": "engines.transformers.weights",
     "verify": "commands.verify",
@@ -89,6 +91,7 @@ __all__ = [
     "inspect",
     "load",
     "ops",
+    "rules",
     "unfold",
     "unfold_model",
     "verify",

@@ -40,6 +40,7 @@ def cli() -> None:
       gemma-fold diff gemma-3-270m gemma-3-270m-folded
       gemma-fold serve gemma-3-270m-folded
       gemma-fold doctor gemma-3-270m-folded
+      gemma-fold rules gemma3_text
 
     \b
     Exit codes: 0 ok, 1 differs or check failed, 2 usage or bad input,
@@ -362,6 +363,28 @@ def doctor(model: str | None, as_json: bool) -> None:
     _print(as_json, lambda: doctoring.to_json(found), lambda: doctoring.text(found))
     if not found.ok:
         sys.exit(1)
+
+
+@cli.command()
+@click.argument("model_type", required=False)
+@_json_option
+def rules(model_type: str | None, as_json: bool) -> None:
+    """Say which norms of MODEL_TYPE are zero-centred and how that is known; of all without it.
+
+    MODEL_TYPE is as config.json says it, or one of its architectures. The JSON has a schema, in
+    the package beside the rules.
+
+    \b
+    Examples:
+      gemma-fold rules qwen3_next
+      gemma-fold rules --json > rules.json
+    """
+    from gemma_fold.commands import render
+    from gemma_fold.commands.rules import rules as run
+    from gemma_fold.commands.rules import to_json
+
+    found = run(model_type)
+    _print(as_json, lambda: to_json(found), lambda: render.rules(found, model_type))
 
 
 def _print(as_json: bool, plain: Callable[[], Any], text: Callable[[], str]) -> None:

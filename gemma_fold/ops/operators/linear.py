@@ -88,21 +88,30 @@ class _Args(ctypes.Structure):
     ]
 
 
+def defines(shape: Shape, tokens: int) -> dict[str, int]:
+    """Macros of ``linear.cu``."""
+    return {
+        "WARPS": shape.warps,
+        "ROW_TILES": shape.row_tiles,
+        "STAGES": shape.stages,
+        "CHUNK": CHUNK,
+        "MANY": int(tokens > 8),
+    }
+
+
 class _Plan:
     """A kernel for so many tokens."""
 
     def __init__(self, device: int, shape: Shape, tokens: int) -> None:
-        defines = {
-            "WARPS": shape.warps,
-            "ROW_TILES": shape.row_tiles,
-            "STAGES": shape.stages,
-            "CHUNK": CHUNK,
-            "MANY": int(tokens > 8),
-        }
         self._device = device
         self._rows = 8 * shape.row_tiles
         self._kernel = program.load(
-            device, _SOURCE, "linear", defines, shape.warps * 32, shape.shared(tokens)
+            device,
+            _SOURCE,
+            "linear",
+            defines(shape, tokens),
+            shape.warps * 32,
+            shape.shared(tokens),
         )
 
     def run(self, x: Tensor, weight: Tensor) -> Tensor:
