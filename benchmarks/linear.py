@@ -28,7 +28,7 @@ from benchmarks.graph_timing import Call, measure
 from benchmarks.result import COPY, OURS, STOCK, Row, Settings
 from benchmarks.run import ROOT, add_options, gpus, versions, write
 from gemma_fold import ops
-from gemma_fold.ops.operators.linear import CHUNK, Shape, most_tokens, run_shape
+from gemma_fold.ops.operators.linear import Shape, gelu_mul, most_tokens, run_shape
 from gemma_fold.ops.program import MOST_SHARED
 
 MEASURES = {"us": "microseconds of a call in a CUDA graph"}
@@ -60,13 +60,14 @@ CANDIDATES = [
 
 
 def weights() -> Iterator[tuple[str, str, int, int]]:
-    """Model and GPUs, layer, N and K."""
+    """Model and GPUs, layer, N and K. `mlp` is gate_up with its GELU."""
     for model, (hidden, q, kv, inner) in MODELS.items():
         for split in SPLITS.get(model, (1,)):
             name = model if split == 1 else f"{model} / {split}"
             yield name, "qkv", (q + 2 * kv) // split, hidden
             yield name, "o", hidden, q // split
             yield name, "gate_up", 2 * inner // split, hidden
+            yield name, "mlp", 2 * inner // split, hidden
             yield name, "down", hidden, inner // split
 
 
@@ -81,20 +82,23 @@ class Buffers:
         self.copies = [torch.empty_like(self.w[0]) for _ in range(2)]
         self.x = _random(max(TOKENS), k)
 
-    def check(self, x: Tensor, y: Tensor, tail: Tensor) -> None:
+    def check(self, x: Tensor, y: Tensor, tail: Tensor, gated: bool) -> None:
         """Raises AssertionError for `y`, whose last row alone is `tail`."""
         w = self.w[0]
         exact = x.double() @ w.double().T
-        allowed = ((x @ w.T).double() - exact).norm() * 1.02
+        if gated:
+            gate, up = exact.chunk(2, dim=-1)
+            exact = torch.nn.functional.gelu(gate, approximate="tanh") * up
+        allowed = (_apart(x, w, gated).double() - exact).norm() * 1.02
         error = (y.double() - exact).norm()
         if not error <= allowed:
             raise AssertionError(f"error {error} of {list(w.shape)}, torch's {allowed}")
         if not torch.equal(y[-1], tail[0]):
             raise AssertionError(f"{list(w.shape)}: a row depends on how many there are")
 
-    def stock(self, x: Tensor) -> dict[str, Call]:
+    def stock(self, x: Tensor, gated: bool) -> dict[str, Call]:
         return {
-            STOCK: lambda i: torch.nn.functional.linear(x, self.w[i]),
+            STOCK: lambda i: _apart(x, self.w[i], gated),
             COPY: lambda i: self.copies[i % 2].copy_(self.w[i]),
         }
 
@@ -103,31 +107,38 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-def tune(rounds: int) -> tuple[list[list[Any]], list[dict[str, Any]]]:
-    """The table of shapes, and every time."""
-    table, times = [], []
-    for n, k in dict.fromkeys((n, k) for *_, n, k in weights() if k % CHUNK == 0):
+def _apart(x: Tensor, weight: Tensor, gated: bool) -> Tensor:
+    """torch's product, and our kernel for GELU, which as Inductor's is one launch."""
+    product = torch.nn.functional.linear(x, weight)
+    return gelu_mul(product) if gated else product
+
+
+def tune(rounds: int) -> tuple[dict[str, list[list[Any]]], list[dict[str, Any]]]:
+    """The table of shapes by operator, and every time."""
+    table: dict[str, list[list[Any]]] = {"linear": [], "gelu_linear": []}
+    times = []
+    for gated, n, k in dict.fromkeys((what == "mlp", n, k) for _, what, n, k in weights()):
         b = Buffers(n, k)
         ratios: dict[int, dict[Shape, float]] = {}
         for tokens in TOKENS:
             x = b.x[:tokens]
-            calls = b.stock(x)
+            calls = b.stock(x, gated)
             for shape in CANDIDATES:
-                y = run_shape(x, b.w[0], shape)
-                b.check(x, y, run_shape(x[-1:], b.w[0], shape))
-                calls[str(shape)] = _shaped(b, x, shape)
+                y = run_shape(x, b.w[0], shape, gated=gated)
+                b.check(x, y, run_shape(x[-1:], b.w[0], shape, gated=gated), gated)
+                calls[str(shape)] = _shaped(b, x, shape, gated)
             us = measure(calls, b.calls, b.sets, rounds)
             ratios[tokens] = {shape: us[str(shape)] / us[STOCK] for shape in CANDIDATES}
-            times.append({"n": n, "k": k, "tokens": tokens, "us": us})
+            times.append({"gated": gated, "n": n, "k": k, "tokens": tokens, "us": us})
             torch.cuda.empty_cache()
         if steps := chosen(ratios):
-            table.append([n, k, *steps])
-        print(n, k, steps, flush=True)
+            table["gelu_linear" if gated else "linear"].append([n, k, *steps])
+        print("mlp" if gated else "", n, k, steps, flush=True)
     return table, times
 
 
-def _shaped(b: Buffers, x: Tensor, shape: Shape) -> Call:
-    return lambda i: run_shape(x, b.w[i], shape)
+def _shaped(b: Buffers, x: Tensor, shape: Shape, gated: bool) -> Call:
+    return lambda i: run_shape(x, b.w[i], shape, gated=gated)
 
 
 def chosen(ratios: dict[int, dict[Shape, float]]) -> list[Any]:
@@ -154,16 +165,20 @@ def time_operator(rounds: int) -> Iterator[Row]:
         b = Buffers(n, k)
         for tokens in TOKENS:
             x = b.x[:tokens]
-            y = ops.linear(x, b.w[0])
-            b.check(x, y, ops.linear(x[-1:], b.w[0]) if tokens <= most_tokens(b.w[0]) else y[-1:])
-            calls = {**b.stock(x), OURS: _ours(b, x)}
+            gated = layer == "mlp"
+            run = _ours(b, x, gated)
+            alone = tokens <= most_tokens(b.w[0], gated=gated)
+            tail = _ours(b, x[-1:], gated)(0) if alone else run(0)[-1:]
+            b.check(x, run(0), tail, gated)
+            calls = {**b.stock(x, gated), OURS: run}
             case = {"model": model, "layer": layer, "n": n, "k": k, "tokens": tokens}
             for name, us in measure(calls, b.calls, b.sets, rounds).items():
                 yield Row(case, name, {"us": round(us, 3)})
 
 
-def _ours(b: Buffers, x: Tensor) -> Call:
-    return lambda i: ops.linear(x, b.w[i])
+def _ours(b: Buffers, x: Tensor, gated: bool) -> Call:
+    operator = ops.gelu_linear if gated else ops.linear
+    return lambda i: operator(x, b.w[i])
 
 
 def main() -> None:
@@ -187,13 +202,17 @@ def main() -> None:
             )  # fmt: skip
 
 
-def write_table(found: dict[str, list[Any]], path: Path) -> None:
+def write_table(found: dict[str, dict[str, list[Any]]], path: Path) -> None:
     """A line for each weight."""
-    devices = [
-        f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
-        for name, rows in found.items()
-    ]
+    devices = []
+    for device, by in found.items():
+        operators = ",\n".join(_operator(*one) for one in by.items())
+        devices.append(f"{json.dumps(device)}: {{\n{operators}\n}}")
     path.write_text("{\n" + ",\n".join(devices) + "\n}\n")
+
+
+def _operator(name: str, rows: list[Any]) -> str:
+    return f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.ops.operators.linear import Shape, most_tokens, run_shape
+from gemma_fold.ops.operators.linear import (
+    Shape,
+    gelu_mul,
+    gelu_mul_reference,
+    most_tokens,
+    run_shape,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -20,7 +26,7 @@ TABLE = json.loads(files("gemma_fold.ops.kernels").joinpath("linear_shapes.json"
 SHAPES = sorted(
     {
         Shape(warps, tiles, stages)
-        for rows in TABLE.values()
+        for rows in (rows for by in TABLE.values() for rows in by.values())
         for _, _, warps, steps in rows
         for _, tiles, stages in steps
     },
@@ -59,6 +65,25 @@ def test_every_shape_is_as_near_to_float64_as_torch(shape: Shape, columns: int) 
                 assert torch.equal(run_shape(x[row : row + 1], weight, shape)[0], y[row])
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gelu_in_the_kernel_is_gelu_after_it(shape: Shape) -> None:
+    for rows in (2, 16, 200, 1000):
+        for tokens in TOKENS:
+            x, weight = operands(tokens, rows, 1152)
+            y = run_shape(x, weight * 10, shape, gated=True)
+            apart = run_shape(x, weight * 10, shape)
+            assert y.shape == (tokens, rows // 2)
+            # One rounding of results that differ by fp32's own noise in tanh.
+            torch.testing.assert_close(y, gelu_mul_reference(apart), rtol=2**-7, atol=1e-4)
+            assert (y != gelu_mul_reference(apart)).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("width", (1, 1000, 2048))
+def test_gelu_of_many_tokens(width: int) -> None:
+    x = torch.randn(33, 2 * width, device="cuda").bfloat16() * 4
+    torch.testing.assert_close(gelu_mul(x), gelu_mul_reference(x), rtol=2**-7, atol=1e-4)
+
+
 def test_shapes_of_one_number_of_warps_give_the_same_bits() -> None:
     x, weight = operands(8, 200, 2560)
     for warps in {shape.warps for shape in SHAPES}:
@@ -75,7 +100,8 @@ def test_strided_and_misaligned_tokens() -> None:
 
 
 def measured() -> list[tuple[int, int]]:
-    return [(n, k) for n, k, *_ in TABLE.get(torch.cuda.get_device_name(), [])]
+    found = TABLE.get(torch.cuda.get_device_name(), {"linear": []})
+    return [(n, k) for n, k, *_ in found["linear"]]
 
 
 def test_this_gpu_has_measured_shapes_or_says_torch() -> None:

@@ -79,7 +79,8 @@ def make_native(model: nn.Module, native: Native) -> int:
             continue
         norms += _Decoder(family, module, layers, native).run()
         if not unstreamed(native.vllm_config):
-            streamed, count = stream(layers)
+            adapters = native.vllm_config.lora_config is not None
+            streamed, count = stream(layers, adapters=adapters)
             native.tally.streamed += streamed
             native.tally.linear += count
     return norms

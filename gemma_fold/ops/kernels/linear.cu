@@ -1,6 +1,7 @@
-// y = x W^T for a few tokens: the weight is streamed once, at the speed of memory.
+// y = x W^T for a few tokens: the weight is streamed once, at the speed of memory. GATED: the first
+// half of the rows of W gives gates, the second what they scale, and y = gelu(gate) * up.
 //
-// A block owns 8 * ROW_TILES rows of W, and its warps share the columns: warp v takes the chunks v,
+// A block owns 8 * ROW_TILES rows of W, half of them gates if GATED, and its warps share the columns: warp v takes the chunks v,
 // v + WARPS, ... of CHUNK columns. Each warp copies its chunks through a ring of STAGES in shared
 // memory that no other warp touches, multiplies them on the tensor cores and keeps fp32 sums; the
 // block adds the sums of its warps in the order of the warps. So the order of every sum depends on
@@ -19,16 +20,17 @@ typedef long long int64;
 struct Args {
   const unsigned short* x;  // [tokens, columns] bf16, rows x_stride elements apart
   const unsigned short* w;  // [rows, columns] bf16, rows w_stride elements apart
-  unsigned short* y;        // [tokens, rows] bf16, contiguous
+  unsigned short* y;        // [tokens, rows], GATED: [tokens, rows / 2]; bf16, contiguous
   int64 x_stride, w_stride;
   int tokens, rows, columns;
 };
 
-constexpr int ROWS = 8 * ROW_TILES;       // of W, in a block
-constexpr int ROW_BYTES = CHUNK * 2;      // of a stage
-constexpr int UNITS = CHUNK / 8;          // of 16 bytes, in a row of a stage
-constexpr int COPIES = ROWS * UNITS / 32; // of 16 bytes, for each thread, in a stage of W
-constexpr int TOKENS = MANY ? 16 : 8;     // that the sums have room for
+constexpr int ROWS = 8 * ROW_TILES;                // of W, in a block
+constexpr int OUTPUTS = GATED ? ROWS / 2 : ROWS;   // of a block, for each token
+constexpr int ROW_BYTES = CHUNK * 2;               // of a stage
+constexpr int UNITS = CHUNK / 8;                   // of 16 bytes, in a row of a stage
+constexpr int COPIES = ROWS * UNITS / 32;          // of 16 bytes, for each thread, in a stage of W
+constexpr int TOKENS = MANY ? 16 : 8;              // that the sums have room for
 
 // Two rows of 64 bytes that a quarter of a warp reads at once lie in different banks.
 __device__ uint32 place(int row, int unit) { return row * ROW_BYTES + ((unit ^ ((row & 1) * 4)) << 4); }
@@ -59,12 +61,21 @@ __device__ unsigned short rounded(float v) {
   return bits;
 }
 
+__device__ float as_bf16(float v) { return __uint_as_float((uint32)rounded(v) << 16); }
+
+// gelu with tanh, as torch has it, times up: both rounded to bf16 before, in fp32 from there on.
+__device__ float gated(float gate, float up) {
+  const float g = as_bf16(gate), u = as_bf16(up);
+  const float inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
+  return 0.5f * g * (1.f + tanhf(inner)) * u;
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32) linear(const __grid_constant__ Args a) {
   extern __shared__ __align__(128) unsigned char stages[];  // [WARPS, STAGES, ROWS + tokens, CHUNK] bf16
   __shared__ float sums[WARPS][TOKENS][ROWS + 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = lane / 4, quad = lane % 4;  // the row or token, and the 8 columns, of a thread
-  const int first_row = blockIdx.x * ROWS;
+  const int first = blockIdx.x * OUTPUTS, outputs = GATED ? a.rows / 2 : a.rows;
   const int turns = (a.columns / CHUNK - warp + WARPS - 1) / WARPS;
   const int stage = (ROWS + a.tokens) * ROW_BYTES;
   const uint32 mine = (uint32)__cvta_generic_to_shared(stages) + warp * (STAGES * stage);
@@ -75,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) linear(const __grid_con
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
       const int at = i * 32 + lane, row = at / UNITS, unit = at % UNITS;
-      const int from = min(first_row + row, a.rows - 1);
+      const int from = min(first + row % OUTPUTS, outputs - 1) + row / OUTPUTS * outputs;
       copy(to + place(row, unit), a.w + from * a.w_stride + (warp + turn * WARPS) * CHUNK + unit * 8);
     }
   };
@@ -133,11 +144,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) linear(const __grid_con
     for (int i = 0; i < (MANY ? 4 : 2); i++)
       sums[warp][group + 8 * (i / 2)][8 * tile + 2 * quad + i % 2] = acc[tile][i];
   __syncthreads();
-  for (int at = threadIdx.x; at < a.tokens * ROWS; at += WARPS * 32) {
-    const int token = at / ROWS, row = at % ROWS;
+  auto total = [&](int token, int row) {
     float sum = sums[0][token][row];
 #pragma unroll
     for (int v = 1; v < WARPS; v++) sum += sums[v][token][row];
-    if (first_row + row < a.rows) a.y[(int64)token * a.rows + first_row + row] = rounded(sum);
+    return sum;
+  };
+  for (int at = threadIdx.x; at < a.tokens * OUTPUTS; at += WARPS * 32) {
+    const int token = at / OUTPUTS, row = at % OUTPUTS;
+    float y = total(token, row);
+    if (GATED) y = gated(y, total(token, row + OUTPUTS));
+    if (first + row < outputs) a.y[(int64)token * outputs + first + row] = rounded(y);
   }
 }

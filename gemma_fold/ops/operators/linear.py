@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_fold.ops import program
+from gemma_fold.ops import checks, program
 from gemma_fold.ops.operators.base import is_transformed, register, runs_eagerly
 
 #: The kernel's sums have room for so many tokens.
 MOST_TOKENS = 16
 #: Columns that a warp takes at a time.
 CHUNK = 128
+#: Columns of a program of the kernel that multiplies what others have gated.
+GELU_BLOCK = 1024
 _SOURCE = "kernels/linear.cu"
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -44,28 +46,25 @@ class Shape:
 
 
 @cache
-def _measured(device_name: str) -> dict[tuple[int, int], dict[int, Shape]]:
-    """Shapes that were faster than torch's product on such a GPU, by weight and most tokens.
+def _shapes_on(device: int, gated: bool) -> dict[tuple[int, int], dict[int, Shape]]:
+    """Shapes that were faster than torch on such a GPU, by the weight's and by most tokens.
 
     `python -m benchmarks.linear --tune` writes them.
     """
-    found = json.loads(files("gemma_fold.ops.kernels").joinpath("linear_shapes.json").read_text())
+    text = files("gemma_fold.ops.kernels").joinpath("linear_shapes.json").read_text()
+    measured = json.loads(text).get(torch.cuda.get_device_name(device), {})
     return {
         (rows, columns): {tokens: Shape(warps, tiles, stages) for tokens, tiles, stages in steps}
-        for rows, columns, warps, steps in found.get(device_name, [])
+        for rows, columns, warps, steps in measured.get("gelu_linear" if gated else "linear", [])
     }
 
 
-@cache
-def _shapes_on(device: int) -> dict[tuple[int, int], dict[int, Shape]]:
-    return _measured(torch.cuda.get_device_name(device))
-
-
-def most_tokens(weight: Tensor) -> int:
+def most_tokens(weight: Tensor, *, gated: bool = False) -> int:
     """Tokens up to which the kernel was measured to be faster with a weight like this one.
 
     Args:
         weight: [N, K], of any dtype, on any device.
+        gated: asks for :func:`gelu_linear`.
 
     Returns:
         0 where torch's product runs, whatever the number of tokens.
@@ -74,7 +73,7 @@ def most_tokens(weight: Tensor) -> int:
         return 0
     if weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
         return 0
-    shapes = _shapes_on(weight.get_device())
+    shapes = _shapes_on(weight.get_device(), gated)
     return max(shapes.get((weight.shape[0], weight.shape[1]), {0: None}))
 
 
@@ -88,7 +87,7 @@ class _Args(ctypes.Structure):
     ]
 
 
-def defines(shape: Shape, tokens: int) -> dict[str, int]:
+def defines(shape: Shape, tokens: int, gated: bool) -> dict[str, int]:
     """Macros of ``linear.cu``."""
     return {
         "WARPS": shape.warps,
@@ -96,20 +95,22 @@ def defines(shape: Shape, tokens: int) -> dict[str, int]:
         "STAGES": shape.stages,
         "CHUNK": CHUNK,
         "MANY": int(tokens > 8),
+        "GATED": int(gated),
     }
 
 
 class _Plan:
     """A kernel for so many tokens."""
 
-    def __init__(self, device: int, shape: Shape, tokens: int) -> None:
+    def __init__(self, device: int, shape: Shape, tokens: int, gated: bool) -> None:
         self._device = device
         self._rows = 8 * shape.row_tiles
+        self._halves = 2 if gated else 1
         self._kernel = program.load(
             device,
             _SOURCE,
             "linear",
-            defines(shape, tokens),
+            defines(shape, tokens, gated),
             shape.warps * 32,
             shape.shared(tokens),
         )
@@ -117,7 +118,7 @@ class _Plan:
     def run(self, x: Tensor, weight: Tensor) -> Tensor:
         """``x`` [tokens, K], its rows contiguous and aligned to 16 bytes."""
         rows, columns = weight.shape
-        y = x.new_empty((x.shape[0], rows))
+        y = x.new_empty((x.shape[0], rows // self._halves))
         args = _Args(
             x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.stride(0), weight.stride(0),
             x.shape[0], rows, columns,
@@ -130,16 +131,16 @@ class _Plan:
         return y
 
 
-_plans: dict[tuple[int, Shape, int], _Plan] = {}
+_plans: dict[tuple[int, Shape, int, bool], _Plan] = {}
 
 
-def run_shape(x: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+def run_shape(x: Tensor, weight: Tensor, shape: Shape, *, gated: bool = False) -> Tensor:
     """The kernel in one of its shapes: for ``x`` [tokens, K], 1 to 16 tokens, K a multiple of 128.
 
     Raises:
         ProgramError: it does not compile or does not fit this GPU.
     """
-    key = (x.get_device(), shape, x.shape[0])
+    key = (x.get_device(), shape, x.shape[0], gated)
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = _Plan(*key)
@@ -153,6 +154,32 @@ def reference(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
+def gelu_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """:func:`reference`, rounded, and then :func:`gelu_mul_reference`."""
+    return gelu_mul_reference(reference(x, weight))
+
+
+def gelu_mul_reference(x: Tensor) -> Tensor:
+    """``gelu(gate) * up`` of the halves of ``x`` [..., 2 I], in fp32, rounded once: [..., I]."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+def gelu_mul(x: Tensor) -> Tensor:
+    """:func:`gelu_mul_reference` in one launch, where a kernel runs."""
+    if checks.reference_runs(x):
+        return gelu_mul_reference(x)
+    from gemma_fold.ops.kernels.gelu_mul import gelu_mul_kernel
+
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    if y.numel():
+        grid = (y.numel() // y.shape[-1], -(-y.shape[-1] // GELU_BLOCK))
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            gelu_mul_kernel[grid](x, y, y.shape[-1], BLOCK=GELU_BLOCK)
+    return y
+
+
 def _check(x: Tensor, weight: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight must be [N, K], not {list(weight.shape)}")
@@ -164,15 +191,33 @@ def _check(x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"x is on {x.device} but weight is on {weight.device}")
 
 
+def _streamed(x: Tensor, weight: Tensor, gated: bool) -> Tensor | None:
+    """By the kernel, where that was measured to be faster."""
+    tokens = x.numel() // max(1, x.shape[-1])
+    if not 0 < tokens <= MOST_TOKENS or tokens > most_tokens(weight, gated=gated):
+        return None
+    steps = _shapes_on(weight.get_device(), gated)[weight.shape[0], weight.shape[1]]
+    shape = steps[min(most for most in steps if most >= tokens)]
+    y = run_shape(x.reshape(tokens, -1), weight, shape, gated=gated)
+    return y.view(*x.shape[:-1], -1)
+
+
 def _run(x: Tensor, weight: Tensor) -> Tensor:
     _check(x, weight)
-    tokens = x.numel() // max(1, x.shape[-1])
-    if 0 < tokens <= MOST_TOKENS and tokens <= most_tokens(weight):
-        steps = _shapes_on(weight.get_device())[weight.shape[0], weight.shape[1]]
-        shape = steps[min(most for most in steps if most >= tokens)]
-        y = run_shape(x.reshape(tokens, -1), weight, shape)
-        return y.view(*x.shape[:-1], -1)
-    return reference(x, weight)
+    y = _streamed(x, weight, False)
+    return reference(x, weight) if y is None else y
+
+
+def _run_gelu(x: Tensor, weight: Tensor) -> Tensor:
+    _check_gated(x, weight)
+    y = _streamed(x, weight, True)
+    return gelu_mul(_run(x, weight)) if y is None else y
+
+
+def _check_gated(x: Tensor, weight: Tensor) -> None:
+    _check(x, weight)
+    if weight.shape[0] % 2:
+        raise ValueError(f"weight {list(weight.shape)} must have as many gates as other rows")
 
 
 def _fake(x: Tensor, weight: Tensor) -> Tensor:
@@ -180,7 +225,19 @@ def _fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_traced = register("linear", ["Tensor x", "Tensor weight"], 1, _run, _fake)
+def _fake_gelu(x: Tensor, weight: Tensor) -> Tensor:
+    _check_gated(x, weight)
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+
+
+_SCHEMA = ["Tensor x", "Tensor weight"]
+_traced = register("linear", _SCHEMA, 1, _run, _fake)
+_traced_gelu = register("gelu_linear", _SCHEMA, 1, _run_gelu, _fake_gelu)
+
+
+def _differentiated(x: Tensor, weight: Tensor) -> bool:
+    trained = x.requires_grad or weight.requires_grad
+    return is_transformed() or (torch.is_grad_enabled() and trained)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -207,8 +264,34 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if runs_eagerly(x, (x, weight)):
         return _run(x, weight)
-    if is_transformed() or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+    if _differentiated(x, weight):
         _check(x, weight)
         return reference(x, weight)
     traced: Tensor = _traced(x, weight)
+    return traced
+
+
+def gelu_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The first half of a gated feed-forward block: ``gelu(x G^T) * (x U^T)``, with tanh GELU.
+
+    As :func:`linear`; where its kernel runs, gates and what they scale never leave the GPU's
+    registers. The products round to the dtype of ``x``, GELU and its product once more.
+
+    Args:
+        x: [..., K], bf16 for the kernel.
+        weight: [2 I, K], dtype of ``x``: the gates G, then U.
+
+    Returns:
+        [..., I], dtype of ``x``.
+
+    Raises:
+        TypeError: the dtypes differ.
+        ValueError: the shapes do not fit, or the devices differ.
+    """
+    if runs_eagerly(x, (x, weight)):
+        return _run_gelu(x, weight)
+    if _differentiated(x, weight):
+        _check_gated(x, weight)
+        return gelu_reference(x, weight)
+    traced: Tensor = _traced_gelu(x, weight)
     return traced
