@@ -12,7 +12,16 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.report import all_reduce, checks, engines, evidence, measurements, norms, rules
+from benchmarks.report import (
+    all_reduce,
+    checks,
+    engines,
+    evidence,
+    linear,
+    measurements,
+    norms,
+    rules,
+)
 from benchmarks.run import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -57,6 +66,7 @@ TABLES: dict[str, Block] = {
     "gpu_floor": measurements.gpu_floor,
     "gpu_tests": checks.gpu_tests,
     "headline": engines.headline,
+    "linear": linear.linear,
     "loaders": evidence.loaders,
     "checked": evidence.checked,
     "norms": norms.norms,
