@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import struct
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from gemma_fold.checkpoint.header import ITEMSIZE
 from gemma_fold.checkpoint.names import shown
+from gemma_fold.checkpoint.regular import open_regular
 from gemma_fold.compare.files.model import MOST_BYTES
 from gemma_fold.errors import CheckpointError
 
@@ -93,7 +93,7 @@ def read_gguf(path: Path) -> Gguf:
 
 def read_tensor(tensor: GgufTensor) -> bytes:
     """The bytes of one tensor."""
-    with open(tensor.path, "rb", buffering=0) as file:
+    with open_regular(tensor.path) as file:
         raw = os.pread(file.fileno(), tensor.length, tensor.start)
     if len(raw) != tensor.length:
         raise CheckpointError(f"{tensor.path} shrank while it was read; let its writer finish")
@@ -196,24 +196,16 @@ class _Cursor:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            # Without waiting: a named pipe would keep us until someone writes into it.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file; fetch it, or correct the path") from None
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot read {path}: {error.strerror}; check the file and its permissions"
-            ) from error
-        status = os.fstat(self._fd)
-        self.size = status.st_size if stat.S_ISREG(status.st_mode) else 0
+        self._file = open_regular(path)
+        self._fd = self._file.fileno()
+        self.size = os.fstat(self._fd).st_size
         self.read = 0
         self._buffer = b""
         self._base = 0  # file offset of the buffer
         self._index = 0  # position in the buffer, perhaps beyond its end
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
 
     @property
     def at(self) -> int:
