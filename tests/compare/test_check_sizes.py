@@ -17,6 +17,7 @@ from hubserver import HubServer
 
 from gemma_fold import CheckpointError, HostError, check
 from gemma_fold.checkpoint.header import with_length
+from gemma_fold.checkpoint.hub import download
 from gemma_fold.compare.files.opening import open_file
 
 _LAYERS, _HIDDEN, _HEAD, _WIDE = 62, 5376, 128, 21504
@@ -132,6 +133,19 @@ class TestHub:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         with pytest.raises(HostError):
             check(original, against="org/original")
+
+    def test_offline_a_downloaded_original_is_found(
+        self, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = files.write_gguf(original, tmp_path / "a.gguf")
+        with HubServer() as hub:
+            commit = hub.add("org/original", original)
+            hub.use(monkeypatch, tmp_path / "cache")
+            download("org/original")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        report = check(made, against="org/original")
+        assert report.verdict.right is True
+        assert report.against is not None and report.against.commit == commit
 
 
 def test_a_file_that_shrinks(original: Path, tmp_path: Path) -> None:

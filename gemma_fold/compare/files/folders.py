@@ -27,15 +27,12 @@ def open_folder(source: str) -> NormFile:
         HostError: the Hub cannot be reached.
     """
     found = hub_id(source)
-    if found is not None and not hub.is_offline():
-        return _remote(source, hub.fetch_headers(*found))
     if found is not None:
-        path, commit = hub.download(*found)
-        return _local(source, open_checkpoint(path), commit)
-    return _local(source, open_checkpoint(source), None)
+        return _remote(source, hub.fetch_headers(*found))
+    return _local(source, open_checkpoint(source))
 
 
-def _local(name: str, checkpoint: Checkpoint, commit: str | None) -> NormFile:
+def _local(name: str, checkpoint: Checkpoint) -> NormFile:
     held = checkpoint.tensors()
 
     def read(names: Collection[str]) -> Mapping[str, bytes]:
@@ -49,7 +46,7 @@ def _local(name: str, checkpoint: Checkpoint, commit: str | None) -> NormFile:
         checkpoint.others,
         read,
         texts,
-        commit or checkpoint.origin.commit,
+        checkpoint.origin.commit,
     )
 
 
