@@ -104,7 +104,7 @@ def check(
     given = open_arrays(tensors) if file is None else open_file(os.fspath(file))
     if against is None:
         return _alone(given, expect)
-    return _beside(given, open_file(os.fspath(against)), expect)
+    return beside(given, open_file(os.fspath(against)), expect)
 
 
 def _alone(file: NormFile, expect: str | None) -> CheckReport:
@@ -124,7 +124,8 @@ def _alone(file: NormFile, expect: str | None) -> CheckReport:
     )
 
 
-def _beside(file: NormFile, original: NormFile, expect: str | None) -> CheckReport:
+def beside(file: NormFile, original: NormFile, expect: str | None = None) -> CheckReport:
+    """The norms of `file` beside those of `original`; otherwise as `check`."""
     norms = find_norms(original)
     originals = _originals(original, norms)
     names = _names_in(file, norms)

@@ -21,6 +21,7 @@ from gemma_fold.checkpoint.regular import open_regular
 from gemma_fold.compare.files.model import MOST_BYTES
 from gemma_fold.errors import CheckpointError
 
+MAGIC = b"GGUF"
 _BLOCK = 1 << 20
 _MOST_KEYS = 1 << 16
 _MOST_TENSORS = 1 << 17
@@ -112,7 +113,7 @@ def _parts(path: Path) -> list[Path]:
 
 def _read_part(path: Path) -> Gguf:
     with closing(_Cursor(path)) as cursor:
-        if cursor.take(4) != b"GGUF":
+        if cursor.take(4) != MAGIC:
             raise CheckpointError(f"{path} is no GGUF file; fetch it again, or correct the path")
         (version,) = cursor.unpack("I")
         if version not in (2, 3):

@@ -48,7 +48,7 @@ def markdown(report: DiffReport) -> str:
     ]
     for item in _tables(report):
         if item.rows:
-            lines += [f"### {item.title}", "", *_markdown_table(item), ""]
+            lines += [f"### {item.title}", "", *markdown_table(item), ""]
     lines.append(", ".join(f"{key} {value}" for key, value in report.environment.items()))
     return "\n".join(lines)
 
@@ -159,7 +159,8 @@ def _histogram(report: DiffReport) -> Iterator[str]:
             yield f"  {label:>11}  {count:>9,}  {bar}"
 
 
-def _markdown_table(item: Table) -> Iterator[str]:
+def markdown_table(item: Table) -> Iterator[str]:
+    """A table's lines."""
     yield "| " + " | ".join(item.header) + " |"
     yield "|" + " --- |" * len(item.header)
     for row in item.rows:
