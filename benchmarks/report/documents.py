@@ -59,6 +59,8 @@ TABLES: dict[str, Block] = {
     "headline": engines.headline,
     "loaders": evidence.loaders,
     "checked": evidence.checked,
+    "check_files": evidence.check_files,
+    "check_kinds": evidence.check_kinds,
     "norms": norms.norms,
     "norms_sanitizer": checks.norms_sanitizer,
     "sglang": engines.sglang,

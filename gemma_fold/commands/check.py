@@ -30,7 +30,7 @@ from gemma_fold.format.arithmetic import Float32
 from gemma_fold.rules.model import shorten
 
 #: Where the text model's own norms are; other parts, such as draft layers, may be left out whole.
-_TEXT = ("layers", "norm", "final_norm")
+_TEXT = ("layers", "norm", "final_norm", "hyper_connection_mixer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +180,11 @@ def _names_in(file: NormFile, norms: Norms) -> dict[str, str]:
         held = by_canonical_name(file.tensors)
         return {key: held[key] for key in norms.rules if key in held}
     found = {}
+    # The original's own names come first: elsewhere they may mean another norm.
+    own = {canonical(name): key for key, name in norms.names.items()}
+    known = {**{key: key for key in norms.rules}, **own}
     for name in file.tensors:
-        key = next((k for k in _spellings(name) if k in norms.rules), None)
+        key = next((known[k] for k in _spellings(name) if k in known), None)
         if key is None or key in found:
             problem = "is no norm of the original" if key is None else "is there twice"
             raise UsageError(f"--tensor {name} {problem}, which has {shorten(sorted(norms.rules))}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,19 @@ MOST_BYTES = 16 << 20
 #: Where wrappers put a language model: what may stand before a name without changing what it says.
 _WRAPPERS = frozenset(
     {"base_model", "language_model", "llm", "model", "module", "text_model", "transformer"}
+)
+#: How vendors spell norms that transformers spells otherwise, where any name holds the mark. In the
+#: second, one name means another norm.
+_SPELLINGS = (
+    (".index_q_norm.", {"index_q_norm": "indexer.q_norm", "index_k_norm": "indexer.k_norm"}),
+    (
+        ".post_attn_norm.",
+        {
+            "post_attn_norm": "post_attention_layernorm",
+            "post_attention_layernorm": "pre_feedforward_layernorm",
+            "post_ffn_norm": "post_feedforward_layernorm",
+        },
+    ),
 )
 
 
@@ -103,16 +117,15 @@ def canonical(name: str) -> str:
     return ".".join(parts)
 
 
-def by_canonical_name(names: Iterable[str]) -> dict[str, str]:
-    """Canonical name -> name; names that would be one keep their own."""
-    found: dict[str, str] = {}
-    twice: set[str] = set()
-    names = tuple(names)
-    for name in names:
-        short = canonical(name)
-        if short in found:
-            twice.add(short)
-        found[short] = name
-    if twice:
-        return {canonical(n) if canonical(n) not in twice else n: n for n in names}
-    return found
+def by_canonical_name(names: Collection[str]) -> dict[str, str]:
+    """Canonical name in transformers' spelling -> name; names that would be one keep theirs."""
+    spelled = {name: canonical(name) for name in names}
+    for mark, spelling in _SPELLINGS:
+        if any(mark in name for name in names):
+            spelled = {name: _respelled(short, spelling) for name, short in spelled.items()}
+    count = Counter(spelled.values())
+    return {short if count[short] == 1 else name: name for name, short in spelled.items()}
+
+
+def _respelled(name: str, spelling: Mapping[str, str]) -> str:
+    return ".".join(spelling.get(part, part) for part in name.split("."))

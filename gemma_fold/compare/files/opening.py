@@ -10,7 +10,12 @@ from gemma_fold.checkpoint.regular import open_regular
 from gemma_fold.checkpoint.source import CONFIG
 from gemma_fold.compare.files.folders import open_folder
 from gemma_fold.compare.files.gguf import MAGIC, read_gguf, read_tensor
-from gemma_fold.compare.files.gguf_names import ARCHITECTURES, config_of, transformers_name
+from gemma_fold.compare.files.gguf_names import (
+    ARCHITECTURES,
+    config_of,
+    is_converted,
+    transformers_name,
+)
 from gemma_fold.compare.files.model import NormFile, Tensor
 from gemma_fold.errors import CheckpointError, UnsupportedModelError
 
@@ -70,6 +75,12 @@ def _open_gguf(source: str, path: Path) -> NormFile:
     found = read_gguf(path)
     name = found.values.get("general.architecture")
     architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
+    if isinstance(name, str) and not is_converted(name):
+        raise UnsupportedModelError(
+            f"{path} is a GGUF file of architecture {shown(name)}, which llama.cpp's converter "
+            "does not know, so nothing says what its norms should hold; compare single norms with "
+            "--tensor NAME=FILE.npy"
+        )
     if architecture is None or not isinstance(name, str):
         raise UnsupportedModelError(
             f"{path} is a GGUF file of architecture {shown(name)}, whose norms no table names; "
