@@ -28,7 +28,9 @@ from gemma_fold.compare.offsets.verdict import CheckVerdict, judge_evidence, jud
 from gemma_fold.errors import CheckpointError, UsageError
 from gemma_fold.format.arithmetic import Float32
 from gemma_fold.rules.model import shorten
+from gemma_fold.text import printable
 
+_LONGEST_WORD = 40
 #: Where the text model's own norms are; other parts, such as draft layers, may be left out whole.
 _TEXT = ("layers", "norm", "final_norm", "hyper_connection_mixer")
 
@@ -260,12 +262,17 @@ def _described(file: NormFile, model_type: str, names: Collection[str]) -> Check
     return CheckedFile(
         file.name,
         file.format,
-        file.tool,
-        model_type,
+        _word(file.tool),
+        _word(model_type),
         file.commit,
         file.size,
         file.header_bytes + norms,
     )
+
+
+def _word(text: str) -> str:
+    """What a file says of itself, which could be a report of its own."""
+    return printable(text[:_LONGEST_WORD], one_line=True)
 
 
 def to_json(report: CheckReport) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import check_cases
+import families
 import norm_files as files
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from check_cases import BF16, TABLE, Case, checked
 from checkpoints import write_checkpoint
 from norm_files import QUANTIZERS, added, only, right, rounded
 
-from gemma_fold import CheckpointError, UnsupportedModelError, UsageError, check
+from gemma_fold import CheckpointError, UnsupportedModelError, UsageError, check, convert
 from gemma_fold.compare.offsets.finding import Finding
 
 
@@ -366,6 +367,16 @@ class TestSides:
         assert report.norms[0].name == "layers.0.pre_feedforward_layernorm.weight"
         assert report.verdict.right is True
         assert check(tensors=given, against=originals["muse_glimmer_text"]).verdict.right is False
+
+    @pytest.mark.parametrize("family", families.FAMILIES)
+    def test_itself_and_its_fold_are_right(self, family: str, tmp_path: Path) -> None:
+        original = tmp_path / "original"
+        families.build(family, torch.bfloat16).save_pretrained(original)
+        convert(original, tmp_path / "folded")
+        for file in (original, tmp_path / "folded"):
+            report = check(file, against=original)
+            assert report.verdict.right is True, report.verdict.line
+            assert report.norms and not report.left_out
 
     @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
     def test_adapter_merged_by_peft(self, originals: dict[str, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import struct
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from gemma_fold.checkpoint.header import ITEMSIZE
 from gemma_fold.checkpoint.names import shown
@@ -59,6 +60,15 @@ class GgufTensor:
     def length(self) -> int:
         """Bytes."""
         return 0 if self.dtype is None else self.size * int(ITEMSIZE[self.dtype])
+
+
+class _Row(NamedTuple):
+    """A tensor as the header describes it; `offset` counts from the first one's place."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +141,8 @@ def _read_part(path: Path) -> Gguf:
         cursor.check(good, f"its alignment is {shown(alignment)}")
         assert isinstance(alignment, int)
         start = -(-cursor.at // alignment) * alignment
-        tensors = tuple(_placed(cursor, row, start) for row in rows if row is not None)
+        placed = [_placed(cursor, row, start) for row in rows]
+        tensors = tuple(tensor for tensor in placed if tensor is not None)
         return Gguf(values, tensors, cursor.size, cursor.read)
 
 
@@ -171,25 +182,26 @@ def _skip_array(cursor: _Cursor, depth: int) -> None:
         cursor.skip(count * struct.calcsize("<" + _SCALARS[kind]))
 
 
-def _description(cursor: _Cursor) -> tuple[str, int, int, int] | None:
-    """Name, elements, type and offset of the next tensor; None where it has more dimensions."""
+def _description(cursor: _Cursor) -> _Row:
+    """The next tensor."""
     name = cursor.text(_LONGEST_NAME)
     (dimensions,) = cursor.unpack("I")
     cursor.check(dimensions <= 8, f"tensor {shown(name)} has {dimensions} dimensions")
     shape = cursor.unpack(f"{dimensions}Q")
-    type_id, offset = cursor.unpack("IQ")
-    return (name, shape[0], type_id, offset) if dimensions == 1 else None
+    return _Row(name, shape, *cursor.unpack("IQ"))
 
 
-def _placed(cursor: _Cursor, row: tuple[str, int, int, int], start: int) -> GgufTensor:
-    name, size, type_id, offset = row
+def _placed(cursor: _Cursor, row: _Row, start: int) -> GgufTensor | None:
+    """A tensor of one dimension, where it is; None for others, which are not read."""
+    name, shape, type_id, offset = row
+    size = shape[0] if len(shape) == 1 else 0
     tensor = GgufTensor(name, _FLOATS.get(type_id), type_id, size, cursor.path, start + offset)
     cursor.check(
         tensor.start + tensor.length <= cursor.size,
         f"tensor {shown(name)} reaches beyond its end",
     )
     cursor.check(tensor.length <= MOST_BYTES, f"tensor {shown(name)} has {size} elements")
-    return tensor
+    return tensor if len(shape) == 1 else None
 
 
 class _Cursor:

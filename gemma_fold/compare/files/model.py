@@ -16,6 +16,8 @@ from gemma_fold.format.arithmetic import Float32, decode, is_foldable_dtype
 
 #: Bytes of one norm; the widest model there is needs a hundredth of it.
 MOST_BYTES = 16 << 20
+#: Elements of all norms of a file together; the largest model there is has a tenth of it.
+_MOST_ELEMENTS = 1 << 26
 #: Where wrappers put a language model: what may stand before a name without changing what it says.
 _WRAPPERS = frozenset(
     {"base_model", "language_model", "llm", "model", "module", "text_model", "transformer"}
@@ -89,7 +91,7 @@ class NormFile:
     def values(self, names: Collection[str]) -> dict[str, Float32 | None]:
         """Tensors as float32; None for those of a dtype that cannot be compared.
 
-        Raises CheckpointError for one that is larger than any norm.
+        Raises CheckpointError for one that is larger than any norm, or too many of them.
         """
         chosen = {name: self.tensors[name] for name in names}
         for tensor in chosen.values():
@@ -98,6 +100,12 @@ class NormFile:
                     f"{shown(tensor.stored)} has {tensor.size} elements, more than any norm; "
                     "fetch the file again"
                 )
+        total = sum(tensor.size for tensor in chosen.values())
+        if total > _MOST_ELEMENTS:
+            raise CheckpointError(
+                f"the norms of {self.name} have {total} elements, more than those of any model; "
+                "fetch the file again"
+            )
         raw = self.read([name for name, t in chosen.items() if t.is_comparable])
         return {n: _widened(raw[n], t.dtype) if n in raw else None for n, t in chosen.items()}
 

@@ -9,7 +9,7 @@ from gemma_fold.checkpoint.names import shown
 from gemma_fold.checkpoint.regular import open_regular
 from gemma_fold.checkpoint.source import CONFIG
 from gemma_fold.compare.files.folders import open_folder
-from gemma_fold.compare.files.gguf import MAGIC, read_gguf, read_tensor
+from gemma_fold.compare.files.gguf import MAGIC, GgufTensor, read_gguf, read_tensor
 from gemma_fold.compare.files.gguf_names import (
     ARCHITECTURES,
     config_of,
@@ -86,11 +86,17 @@ def _open_gguf(source: str, path: Path) -> NormFile:
             f"{path} is a GGUF file of architecture {shown(name)}, whose norms no table names; "
             "add it to gemma_fold/compare/files/gguf_names.py"
         )
-    places = {}
+    places: dict[str, GgufTensor] = {}
     for tensor in found.tensors:
         known = transformers_name(tensor.name, architecture, name, found.values)
-        if known is not None:
-            places[known] = tensor
+        if known is None:
+            continue
+        if known in places:
+            raise CheckpointError(
+                f"{path} holds {places[known].name} and {tensor.name}, which are one norm; "
+                "fetch the file again"
+            )
+        places[known] = tensor
 
     def read(names: Collection[str]) -> Mapping[str, bytes]:
         return {n: read_tensor(places[n]) for n in names}

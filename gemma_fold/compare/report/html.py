@@ -14,6 +14,7 @@ from gemma_fold.compare.run import check_writable
 from gemma_fold.compare.weights.norms import TensorClass
 from gemma_fold.compare.weights.tensors import Weights
 from gemma_fold.errors import HostError
+from gemma_fold.text import printable
 
 
 def check_can_render() -> None:
@@ -65,7 +66,7 @@ def html(report: DiffReport) -> str:
 
 
 def page(template: str, **values: Any) -> str:
-    """A template of this folder, filled; whatever text it is given is escaped."""
+    """A template of this folder, filled; text is escaped, and so are control characters."""
     import jinja2
 
     folder = files("gemma_fold.compare.report")
@@ -74,7 +75,7 @@ def page(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
         loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
     )
-    return environment.get_template(template).render(values)
+    return printable(environment.get_template(template).render(values))
 
 
 def _changed(weights: Weights) -> list[tuple[str, int, int]]:
