@@ -275,6 +275,20 @@ class TestAlone:
         assert (report.evidence.added, report.evidence.rounding) == (added_times, rounding)
         assert report.verdict.right is is_right
 
+    @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32])
+    def test_gains_that_are_all_above_1(self, dtype: type, tmp_path: Path) -> None:
+        """Such weights look like gammas by their shares; nobody made those of such fine numbers."""
+        rng = np.random.default_rng(7)
+        names = ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm")
+        tensors = {
+            f"model.{name}.weight": rng.uniform(0.01, 1.5, 256).astype(dtype) for name in names
+        }
+        config = {"model_type": "gemma", "num_hidden_layers": 1}
+        original = write_checkpoint(tmp_path / "original", tensors, config)
+        assert check(original).verdict.right is None
+        folded = files.write_folder(original, tmp_path / "folded", added(1))
+        assert check(folded).verdict.right is False
+
     def test_too_little_to_tell(self, originals: dict[str, Path]) -> None:
         report = check(originals["nemotron"])
         assert report.verdict.right is None
