@@ -179,7 +179,7 @@ def _check_is_model_folder(root: Path) -> None:
         if root.suffix == ".gguf":
             raise CheckpointError(
                 f"{root} is a GGUF file, whose norms llama.cpp has folded already; "
-                "give the original safetensors folder (gemma-fold check and diff compare the two)"
+                "give the original safetensors folder (gemma-fold check compares the two)"
             )
         raise CheckpointError(
             f"{root} is a file; give the folder that holds config.json and *.safetensors"
