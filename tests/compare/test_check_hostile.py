@@ -47,10 +47,7 @@ def write(path: Path, norms: dict[str, files.Array], architecture: str = "gemma"
     writer.add_block_count(2)
     for name, values in norms.items():
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    files.finish(writer)
     return path
 
 

@@ -72,10 +72,7 @@ def sparse_gguf(path: Path) -> int:
     for stored, (name, size) in names.items():
         w = _weights(name, size).astype(np.float32)
         writer.add_tensor(f"{stored}.weight", w + np.float32(1))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    files.finish(writer)
     header = path.stat().st_size - 4 * _ELEMENTS
     with open(path, "r+b") as file:
         file.truncate(16 << 30)

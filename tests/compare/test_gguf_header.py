@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from commands import run_here
 from gguf.tensor_mapping import get_tensor_name_map
+from norm_files import finish
 
 from gemma_fold.compare.files.gguf import read_gguf, read_tensor
 from gemma_fold.compare.files.gguf_names import ARCHITECTURES, config_of, transformers_name
@@ -37,10 +38,7 @@ def written(tmp_path: Path) -> Path:
     writer.add_tensor("blk.0.attn_norm.weight", np.arange(32, dtype=np.float32))
     writer.add_tensor("blk.1.attn_norm.weight", np.arange(7, dtype=np.float16))
     writer.add_tensor("output_norm.weight", np.arange(5, dtype=np.float64))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return tmp_path / "a.gguf"
 
 
@@ -63,10 +61,7 @@ def test_a_header_longer_than_a_block(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "gemma")
     writer.add_token_list([f"token {'long ' * (n % 9)}{n}" for n in range(100_000)])
     writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     (tensor,) = read_gguf(tmp_path / "a.gguf").tensors
     assert np.frombuffer(read_tensor(tensor), np.float32).tolist() == [1] * 8
 

@@ -217,11 +217,16 @@ def write_gguf(
             )
         else:
             writer.add_tensor(stored, values)
+    finish(writer)
+    return path
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write what it was given."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _gguf_names(config: Mapping[str, Any]) -> tuple[str, Callable[[str], str | None]]:
