@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from collections import Counter
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import check_cases
 import families
+import gguf
 import norm_files as files
 import numpy as np
 import pytest
@@ -99,6 +101,46 @@ class TestNumbers:
         norm = next(n for n in report.norms if not n.right)
         assert norm.offset == pytest.approx(0.375, abs=1e-6)
         assert norm.residual is not None and norm.residual < 1e-6
+
+
+@pytest.mark.parametrize(("family", "architecture"), [("plamo2", "plamo2"), ("plamo3", "plamo3")])
+def test_offsets_that_are_not_1(family: str, architecture: str, tmp_path: Path) -> None:
+    """PLaMo's post norms add 1/5 and 1/5^1.5: llama.cpp's converter does, and adding 1 is wrong."""
+    stored = {
+        "pre_mixer_norm": ("attn_norm", 1.0),
+        "post_mixer_norm": ("post_attention_norm", 1 / 5),
+        "pre_mlp_norm": ("ffn_norm", 1.0),
+        "post_mlp_norm": ("post_ffw_norm", 1 / 5**1.5),
+        "mixer.q_norm": ("attn_q_norm", 1.0),
+        "mixer.k_norm": ("attn_k_norm", 1.0),
+    }
+    if family == "plamo2":  # its attention has no row that says what its norms are called there
+        stored = {name: row for name, row in stored.items() if "mixer." not in name}
+    rng = np.random.default_rng(12)
+    tensors = {"model.norm.weight": rng.normal(0, 0.4, 64).astype(BF16)}
+    held = {"output_norm": ("model.norm.weight", 1.0)}
+    for layer, (name, (short, offset)) in itertools.product(range(2), stored.items()):
+        full = f"model.layers.layers.{layer}.{name}.weight"
+        tensors[full] = rng.normal(0, 0.4, 64).astype(BF16)
+        held[f"blk.{layer}.{short}"] = (full, offset)
+    original = write_checkpoint(
+        tmp_path / "original", tensors, {"model_type": family, "num_hidden_layers": 2}
+    )
+    for everywhere in (None, 1.0):
+        writer = gguf.GGUFWriter(tmp_path / "a.gguf", architecture)
+        writer.add_block_count(2)
+        for name, (full, offset) in held.items():
+            values = tensors[full].astype(np.float32) + np.float32(everywhere or offset)
+            writer.add_tensor(f"{name}.weight", values)
+        files.finish(writer)
+        report = check(tmp_path / "a.gguf", against=original)
+        wrong = {norm.name.split(".")[-2]: norm for norm in report.norms if not norm.right}
+        assert wrong.keys() == ({"post_mixer_norm", "post_mlp_norm"} if everywhere else set())
+        assert len(report.norms) == len(tensors)
+        assert report.verdict.right is (everywhere is None)
+    assert "1 + w" in wrong["post_mixer_norm"].remark
+    assert wrong["post_mlp_norm"].finding is Finding.OFFSET
+    assert wrong["post_mlp_norm"].offset == pytest.approx(1, abs=1e-6)
 
 
 class TestScales:
