@@ -25,6 +25,7 @@ from gemma_fold.compare.offsets.finding import Finding, NormCheck
 from gemma_fold.compare.offsets.match import check_norm
 from gemma_fold.compare.offsets.original import Catalogue, Original
 from gemma_fold.compare.offsets.verdict import CheckVerdict, judge_evidence, judge_norms
+from gemma_fold.compare.report.writers import plain
 from gemma_fold.errors import CheckpointError, UsageError
 from gemma_fold.format.arithmetic import Float32
 from gemma_fold.rules.model import shorten
@@ -276,10 +277,10 @@ def _word(text: str) -> str:
 
 
 def to_json(report: CheckReport) -> dict[str, Any]:
-    """Plain values for `check --json`."""
+    """Plain values for `check --json`. NaN and infinity become null."""
     value = asdict(report)
     value["norms"] = [
         {k: v.value if isinstance(v, Enum) else v for k, v in norm.items()}
         for norm in value["norms"]
     ]
-    return {"right": report.verdict.right, **value}
+    return {"right": report.verdict.right, **plain(value)}

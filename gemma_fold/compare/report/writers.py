@@ -66,7 +66,7 @@ def to_json(report: DiffReport) -> dict[str, Any]:
         "a": dataclasses.asdict(report.a),
         "b": dataclasses.asdict(report.b),
         "limits": dataclasses.asdict(report.limits),
-        "structure": _plain(dataclasses.asdict(structure)) if structure else None,
+        "structure": plain(dataclasses.asdict(structure)) if structure else None,
         "weights": _weights_json(report) if weights else None,
         "outputs": _outputs_json(report) if outputs else None,
         "environment": dict(report.environment),
@@ -96,7 +96,7 @@ def _tensor_json(tensor: Any) -> dict[str, Any]:
         value |= value.pop("norm")
     else:
         del value["norm"]
-    return _plain(value)  # type: ignore[no-any-return]
+    return plain(value)  # type: ignore[no-any-return]
 
 
 def _outputs_json(report: DiffReport) -> dict[str, Any]:
@@ -105,14 +105,15 @@ def _outputs_json(report: DiffReport) -> dict[str, Any]:
     value = dataclasses.asdict(dataclasses.replace(outputs, kl=()))  # type: ignore[arg-type]
     del value["kl"]
     value["percentiles"] = list(PERCENTILES)
-    return _plain(value)  # type: ignore[no-any-return]
+    return plain(value)  # type: ignore[no-any-return]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold: NaN and infinity become null."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
