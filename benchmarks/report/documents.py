@@ -69,6 +69,8 @@ TABLES: dict[str, Block] = {
     "linear": linear.linear,
     "loaders": evidence.loaders,
     "checked": evidence.checked,
+    "check_files": evidence.check_files,
+    "check_kinds": evidence.check_kinds,
     "norms": norms.norms,
     "norms_sanitizer": checks.norms_sanitizer,
     "rule_classes": rules.classes,
