@@ -7,7 +7,6 @@ import pytest
 import torch
 from cache_checks import EPS, FP8, LAYOUTS, POSITIONS, make, run_unfused, same_bits
 from norm_checks import rows
-from torch import Tensor
 
 from gemma_fold import ops
 from gemma_fold.ops.operators.qk_rms_norm_rope_cache import reference
@@ -140,27 +139,8 @@ def test_more_than_two_to_the_31_elements_of_cache() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, on the first compile
 def test_compiles_whole_and_once_for_every_token_count() -> None:
     case = make(333, (6, 3, 128), 128, torch.bfloat16, "cuda", layout="hnd")
-
-    def attention(qkv: Tensor, positions: Tensor, room: Tensor, slots: Tensor) -> Tensor:
-        q, k, v = (qkv * 2).view(-1, 12, 128).split([6, 3, 3], dim=1)
-        caches = room.transpose(1, 2).split(128, dim=-1)
-        ops.qk_rms_norm_rope_cache(
-            q, k, v, *case.gains, case.cos_sin, positions, *caches, slots, EPS
-        )
-        return q
-
-    torch._dynamo.reset()
-    compiled = torch.compile(attention, fullgraph=True, dynamic=True)
-    torch._dynamo.utils.counters.clear()
-    for tokens in (8, 3, 64, 333):
-        args = case.qkv[:tokens], case.positions[:tokens]
-        rooms = case.room.clone(), case.room.clone()
-        got, want = (
-            f(*args, room, case.slots[:tokens])
-            for f, room in zip((compiled, attention), rooms, strict=True)
-        )
-        assert torch.equal(got, want) and same_bits(*rooms)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for results, rooms in cache_checks.compiled(case, (8, 4, 64, 333)):
+        assert torch.equal(*results) and same_bits(*rooms)
 
 
 @pytest.mark.parametrize("fp8", (False, True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -159,3 +160,34 @@ def check(case: Case) -> None:
     case.run()
     assert same_bits(case.room, want.room)
     assert same_bits(case.qkv, want.qkv)
+
+
+def compiled(case: Case, counts: tuple[int, ...]) -> Iterator[tuple[tuple[Tensor, Tensor], ...]]:
+    """For so many tokens: what a compiled call gives and a plain one, and the room of each.
+
+    It must be one graph for all of them; inside it q and both caches are views.
+    """
+    q_heads, k_heads, size = case.heads
+    assert case.layout == "hnd"
+
+    def attention(qkv: Tensor, positions: Tensor, room: Tensor, slots: Tensor) -> Tensor:
+        heads = (qkv * 2).view(-1, q_heads + 2 * k_heads, size)
+        q, k, v = heads[:, :q_heads], heads[:, q_heads:-k_heads], heads[:, -k_heads:]
+        places = room.transpose(1, 2)
+        keys, values = places[..., :size], places[..., size:]
+        ops.qk_rms_norm_rope_cache(
+            q, k, v, *case.gains, case.cos_sin, positions, keys, values, slots, EPS
+        )
+        return q + 1
+
+    torch._dynamo.reset()
+    traced = torch.compile(attention, fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for tokens in counts:
+        args = case.qkv[:tokens], case.positions[:tokens]
+        rooms = case.room.clone(), case.room.clone()
+        slots = case.slots[: tokens - 2]
+        got, want = traced(*args, rooms[0], slots), attention(*args, rooms[1], slots)
+        assert not same_bits(rooms[1], case.room)
+        yield (got, want), rooms
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
