@@ -11,7 +11,8 @@
     gemma_fold.unfold_model(model)      and back
     gemma_fold.ops                      operators that take the fp32 gamma
 
-Importing this package imports neither torch nor numpy; a name does when it is first used.
+Importing this package imports neither torch nor numpy; a name does when it is first used. The last
+four need torch (`pip install 'gemma-fold[torch]'`); `diff` does to compare outputs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from gemma_fold.errors import (
     NothingToFoldError,
     UnsupportedModelError,
     UsageError,
+    missing_extra,
 )
 
 if TYPE_CHECKING:
@@ -99,9 +101,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOME[name]
-    if not home:
-        return import_module(f"{__name__}.{name}")
-    return getattr(import_module(f"{__name__}.{home}"), name)
+    try:
+        module = import_module(f"{__name__}.{home or name}")
+    except ModuleNotFoundError as error:
+        raise missing_extra(f"{__name__}.{name}", error) or error from None
+    return getattr(module, name) if home else module
 
 
 def __dir__() -> list[str]:

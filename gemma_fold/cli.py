@@ -13,14 +13,25 @@ from typing import Any
 import click
 
 from gemma_fold._version import __version__
-from gemma_fold.errors import GemmaFoldError
+from gemma_fold.errors import GemmaFoldError, missing_extra
 
 EXIT_INTERRUPTED = 130
 _path = click.Path(dir_okay=True, path_type=Path)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            raise missing_extra(ctx.invoked_subcommand or "", error) or error from None
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="gemma-fold")
 def cli() -> None:
     """Fold zero-centred norm weights, gamma = 1 + w, once, offline and exactly.
