@@ -58,41 +58,52 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 	touch $@
 
 engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m ## the tests that need vLLM or SGLang, each in its environment
-	$(VLLM)/bin/pytest -m engine --durations=8 tests/engines/test_vllm.py; vllm=$$?; \
-	$(SGLANG)/bin/pytest -m engine --durations=8 tests/engines/test_sglang*.py; sglang=$$?; \
+	both="-m engine --durations=8 tests/engines/test_attach_handed.py"; \
+	$(VLLM)/bin/pytest $$both tests/engines/test_vllm.py; vllm=$$?; \
+	$(SGLANG)/bin/pytest $$both tests/engines/test_sglang*.py; sglang=$$?; \
 	exit $$((vllm || sglang))
 
-# Two lanes of one thread a process, side by side where there are two cores for them.
-test engines: export OMP_NUM_THREADS ?= 1
+# Most models here are tiny: threads that wait for each other take longer than one alone.
+test test-library test-fast engines: export OMP_NUM_THREADS ?= 1
+
+# Two lanes: $(1) runs meanwhile and prints at the end, $(2) runs here, and both have to pass.
+define side_by_side
+mkdir -p .venvs; \
+	log=.venvs/$(@).log; \
+	$(1) > $$log 2>&1 & lane=$$!; \
+	trap "kill $$lane 2> /dev/null" EXIT; \
+	$(2); here=$$?; \
+	wait $$lane; there=$$?; \
+	cat $$log; \
+	exit $$((here || there))
+endef
+
 test: venv .cache/gemma-3-270m ## every test that this machine can run: test-library and engines
 	@if [ "$$(env -u OMP_NUM_THREADS nproc)" -lt 2 ]; then \
 		$(MAKE) --no-print-directory test-library; library=$$?; \
 		$(MAKE) --no-print-directory engines && exit $$library; exit 1; \
 	fi; \
-	mkdir -p .venvs; \
 	echo "the engines' tests run meanwhile, and print at the end"; \
-	$(MAKE) --no-print-directory engines > .venvs/engines.log 2>&1 & lane=$$!; \
-	trap "kill $$lane 2> /dev/null" EXIT; \
-	$(MAKE) --no-print-directory test-library; library=$$?; \
-	wait $$lane; engines=$$?; \
-	cat .venvs/engines.log; \
-	exit $$((library || engines))
+	$(call side_by_side,$(MAKE) --no-print-directory engines,$(MAKE) --no-print-directory test-library)
 
 test-library: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded ## every test but the engines', with the oldest transformers and the pinned one
 	$(OLDEST)/bin/pytest -m "not engine" tests/engines/test_transformers*.py \
 		tests/engines/test_serve.py tests/engines/test_unaware_loaders.py
 	$(BIN)/pytest -m "not engine"
 
-test-fast: venv ## the tests that take a second or less each
-	$(BIN)/pytest
+HALF := tests/checkpoint tests/compare tests/engines tests/ops
+
+test-fast: venv ## the tests that are neither slow nor need an engine, in two halves
+	@echo "pytest $(HALF) runs meanwhile, and prints at the end"; \
+	$(call side_by_side,$(BIN)/pytest $(HALF),$(BIN)/pytest $(HALF:%=--ignore=%))
 
 check: venv ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: venv .cache/gemma-3-270m ## make the generated parts of the documents anew
-	$(BIN)/python docs/generate.py
+docs: venv .cache/gemma-3-270m ## make the tables and pictures of the documents anew
+	$(BIN)/python -m benchmarks.report
 
 lock: ## write every constraints*.txt anew, from what is released today
 	$(PYTHON) tools/lock.py

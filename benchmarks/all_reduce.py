@@ -1,6 +1,6 @@
 """Times the fused all-reduce operators against their peers.
 
-    torchrun --nproc-per-node 2 benchmarks/all_reduce.py --out benchmarks/results/all_reduce_x2.json
+    torchrun --nproc-per-node 2 -m benchmarks.all_reduce --out benchmarks/results/all_reduce_x2.json
 
 Needs two GPUs or more that reach each other's memory. Every implementation of one operator and
 shape is captured into a CUDA graph of many calls over rotating buffers, and the graphs are replayed
@@ -16,36 +16,42 @@ apart. FlashInfer's all-reduce fuses an add + norm but no sandwich: there it run
 of zeros for the post-norm, or reduces only. NVLink multicast is off.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import os
-import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-os.environ.update(NCCL_NVLS_ENABLE="0", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+#: Before anything that might read it is imported.
+ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+os.environ.update(ENVIRONMENT)
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.distributed._symmetric_memory as symmetric_memory  # noqa: E402
-import triton  # noqa: E402
-from graph_timing import capture  # noqa: E402
-from run_meta import git_commit, result_text  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+from torch import Tensor
 
-from gemma_fold import ops  # noqa: E402
+from benchmarks import graph_timing, run
+from benchmarks.graph_timing import Call
+from benchmarks.result import OURS, Row, Settings
+from gemma_fold import ops
 
-Call = Callable[[int], Any]
+BOTH = {"activations": "bfloat16", **ENVIRONMENT}
+SETTINGS = Settings(
+    both=BOTH,
+    stock={
+        "flashinfer": "backend=trtllm, fp32_acc=True; use_oneshot and launch_with_pdl each way",
+        "flashinfer's add and norm": "weight_bias=1.0; bf16 weights",
+        "torch.compile": "the forward of transformers, dynamic=True; bf16 weights",
+    },
+    ours={OURS: "fp32 gamma"},
+)
+MEASURES = {"us": "microseconds of a call in a CUDA graph, of the slowest rank"}
 Call2 = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 HIDDEN = (2560, 4096, 5376, 8192)
@@ -53,6 +59,13 @@ OPERATORS = ("all_reduce_add_rms_norm", "all_reduce_rms_norm_add_rms_norm")
 EPS = 1e-6
 ROUNDS = 15
 CALLS = ((128, 96), (512, 48), (2**31, 16))
+
+
+def world() -> dist.ProcessGroup:
+    """All ranks."""
+    group = dist.group.WORLD
+    assert group is not None, "torchrun starts the ranks"
+    return group
 
 
 class Buffers:
@@ -137,7 +150,7 @@ def ours(op: str, b: Buffers, space: ops.AllReduceWorkspace) -> Call:
 
 def sums(b: Buffers, buffer: Tensor) -> dict[str, Callable[[int], Tensor]]:
     """All-reduces alone: NCCL, and torch's over symmetric memory, which x is copied into first."""
-    name = dist.group.WORLD.group_name
+    name = world().group_name
     staged = buffer[: b.x[0].numel()].view_as(b.x[0])
 
     def nccl(i: int) -> Tensor:
@@ -160,7 +173,7 @@ def flashinfer_sums(
 ) -> tuple[dict[str, Any], dict[str, Callable[[int], Tensor]]]:
     """FlashInfer's all-reduce + add + norm by variant, and its all-reduce alone."""
     pattern = comm.AllReduceFusionPattern
-    tokens, world = b.x[0].shape[0], dist.get_world_size()
+    tokens, size = b.x[0].shape[0], dist.get_world_size()
 
     def fused(x: Tensor, residual: Tensor, one_shot: bool, pdl: bool) -> tuple[Tensor, Tensor]:
         y, total = torch.empty_like(x), torch.empty_like(x)
@@ -183,7 +196,7 @@ def flashinfer_sums(
     alone: dict[str, Callable[[int], Tensor]] = {}
     for one_shot in (True, False):
         # Outside these, its kernels refuse.
-        if tokens * world > 4096 if one_shot else tokens <= world:
+        if tokens * size > 4096 if one_shot else tokens <= size:
             continue
         kind = "one" if one_shot else "two"
         for pdl in (False, True):
@@ -192,6 +205,19 @@ def flashinfer_sums(
             )
         alone[f"flashinfer-{kind}-pdl"] = partial(reduced, one_shot=one_shot)
     return norms, alone
+
+
+def _fused(b: Buffers, norm: Call2, i: int) -> Any:
+    return norm(b.x[i], b.residual[i])
+
+
+def _summed(b: Buffers, total: Callable[[int], Tensor], after: Call2, i: int) -> Any:
+    return after(total(i), b.residual[i])
+
+
+def _normed(b: Buffers, norm: Call2, add: Call2, i: int) -> Any:
+    """The post-norm runs with a residual of zeros; the add and the pre-norm follow."""
+    return add(norm(b.x[i], b.zeros)[0], b.residual[i])
 
 
 def peer_calls(
@@ -205,20 +231,16 @@ def peer_calls(
         norms, more = flashinfer_sums(b, modules["comm"], workspace)
         alone |= more
     sandwich = op == "all_reduce_rms_norm_add_rms_norm"
-    for name, norm in norms.items():
-        if not sandwich:
-            found[name] = lambda i, n=norm: n(b.x[i], b.residual[i])
+    if not sandwich:
+        found |= {name: partial(_fused, b, norm) for name, norm in norms.items()}
     for tail_name, tail in tails(b, modules).items():
         for name, total in alone.items():
             after = tail.sandwich if sandwich else tail.add
             if after is not None and (sandwich or not name.startswith("flashinfer")):
-                found[f"{name}+{tail_name}"] = lambda i, t=total, a=after: a(t(i), b.residual[i])
+                found[f"{name}+{tail_name}"] = partial(_summed, b, total, after)
         for name, norm in norms.items():
             if sandwich and name.endswith("pdl"):
-                # Its post-norm runs with a residual of zeros; the add and the pre-norm follow.
-                found[f"{name}-norm+{tail_name}"] = lambda i, n=norm, a=tail.add: a(
-                    n(b.x[i], b.zeros)[0], b.residual[i]
-                )
+                found[f"{name}-norm+{tail_name}"] = partial(_normed, b, norm, tail.add)
     return found
 
 
@@ -246,65 +268,52 @@ def check(op: str, b: Buffers, calls: dict[str, Call]) -> None:
 
 def measure(calls: dict[str, Call], b: Buffers, rounds: int) -> dict[str, float]:
     """Median microseconds of a call, the slowest rank's."""
-    graphs = {name: capture(call, b.calls, b.sets) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for timed in [False] + [True] * rounds:
-        for name, (graph, _) in graphs.items():
-            dist.barrier()
-            torch.cuda.synchronize()
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if timed:
-                times[name].append(start.elapsed_time(end) * 1000.0 / b.calls)
-    medians = torch.tensor([statistics.median(values) for values in times.values()], device="cuda")
+
+    def together() -> None:
+        dist.barrier()
+        torch.cuda.synchronize()
+
+    found = graph_timing.measure(calls, b.calls, b.sets, rounds, together)
+    medians = torch.tensor(list(found.values()), device="cuda")
     dist.all_reduce(medians, op=dist.ReduceOp.MAX)
-    return dict(zip(times, medians.tolist(), strict=True))
+    return {name: round(us, 3) for name, us in zip(found, medians.tolist(), strict=True)}
 
 
-def versions() -> dict[str, str]:
-    found = {"nccl": ".".join(map(str, torch.cuda.nccl.version()))}
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        found["flashinfer"] = metadata.version("flashinfer-python")
-    return found
+@contextmanager
+def ranks() -> Iterator[tuple[int, int]]:
+    """This process as a rank of all that torchrun started: its number, and how many there are."""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    torch.manual_seed(dist.get_rank())
+    yield dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
 
 
-def _with_ours(impl: str) -> bool:
-    return impl.endswith(("+gemma_fold", "-portable"))
+def rows_of(op: str, tokens: int, hidden: int, found: dict[str, float]) -> list[Row]:
+    case = {"op": op, "hidden": hidden, "tokens": tokens}
+    return [Row(case, name, {"us": us}) for name, us in found.items()]
 
 
-def ranks_meta(bench: str, out: Path, commit: str) -> dict[str, Any]:
-    """The `meta` of a result file of this or another benchmark of all ranks."""
-    world = dist.get_world_size()
-    return {
-        "bench": bench,
-        "gpu": torch.cuda.get_device_name(0),
-        "world": world,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "peers": versions(),
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "command": (
-            f"torchrun --nproc-per-node {world} benchmarks/{bench}.py "
-            f"--out benchmarks/results/{out.name}"
-        ),
-    }
-
-
-def write(path: Path, rows: list[dict[str, Any]], commit: str) -> None:
-    """`rows`: ours and the peers. `with_ours`: our Triton kernel, and peers' sums + our norms."""
-    meta = ranks_meta("all_reduce", path, commit)
-    theirs = [row for row in rows if not _with_ours(row["impl"])]
-    with_ours = [row for row in rows if _with_ours(row["impl"])]
-    path.write_text(result_text(meta, rows=theirs, with_ours=with_ours))
+def write(args: argparse.Namespace, what: str, settings: Settings, rows: list[Row]) -> None:
+    """The result of a benchmark of all ranks."""
+    run.write(
+        args,
+        what,
+        machine=run.gpus(dist.get_world_size()),
+        versions={
+            **run.versions("torch", "triton", "flashinfer"),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        },
+        settings=settings,
+        measures=MEASURES,
+        rows=rows,
+    )
 
 
 def summary(op: str, tokens: int, hidden: int, found: dict[str, float]) -> str:
-    mine = found["gemma_fold"]
-    us, name = min((us, name) for name, us in found.items() if "gemma_fold" not in name)
+    mine = found[OURS]
+    us, name = min((us, name) for name, us in found.items() if OURS not in name)
     return f"{op} H {hidden} T {tokens}: {mine:.2f} against {us:.2f} ({name}): {mine / us:.2f}"
 
 
@@ -323,62 +332,46 @@ def load_modules(peers: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--hidden", nargs="+", type=int, default=list(HIDDEN))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--peers", nargs="*", default=["flashinfer", "flashinfer-norm"])
     parser.add_argument("--portable", action="store_true", help="time our Triton kernel, too")
-    parser.add_argument("--commit", default=git_commit(), help="where .git does not travel along")
+    run.add_options(parser)
     args = parser.parse_args()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(rank)
-    rows: list[dict[str, Any]] = []
-    buffer = symmetric_memory.empty(
-        max(args.tokens) * max(args.hidden), dtype=torch.bfloat16, device=device
-    )
-    symmetric_memory.rendezvous(buffer, dist.group.WORLD)
-    modules = load_modules(args.peers)
-    for hidden in args.hidden:
-        workspace = None
-        if "comm" in modules:
-            workspace = modules["comm"].create_allreduce_fusion_workspace(
-                backend="trtllm", world_size=world, rank=rank, max_token_num=max(args.tokens),
-                hidden_dim=hidden, dtype=torch.bfloat16, group=dist.group.WORLD,
-            )  # fmt: skip
-        space = ops.AllReduceWorkspace(hidden=hidden, max_tokens=max(args.tokens))
-        portable = None
-        if args.portable:
-            portable = ops.AllReduceWorkspace(
-                hidden=hidden, max_tokens=max(args.tokens), path="portable"
-            )
-        for op in OPERATORS:
-            for tokens in args.tokens:
-                b = Buffers(tokens, hidden)
-                calls = {"gemma_fold": ours(op, b, space)}
-                if portable is not None:
-                    calls["gemma_fold-portable"] = ours(op, b, portable)
-                calls |= peer_calls(op, b, buffer, modules, workspace)
-                check(op, b, calls)
-                found = measure(calls, b, args.rounds)
-                shape = {"op": op, "tokens": tokens, "hidden": hidden, "world": world}
-                rows += [
-                    {**shape, "dtype": "bfloat16", "impl": name, "us": round(us, 3)}
-                    for name, us in found.items()
-                ]
-                if rank == 0:
-                    print(summary(op, tokens, hidden, found), flush=True)
-        space.destroy()
-        if portable is not None:
-            portable.destroy()
-        if workspace is not None:
-            workspace.destroy()
-    if rank == 0:
-        write(args.out, rows, args.commit)
-    dist.destroy_process_group()
+    with ranks() as (rank, size):
+        rows: list[Row] = []
+        most = max(args.tokens) * max(args.hidden)
+        here = torch.device("cuda", torch.cuda.current_device())
+        buffer = symmetric_memory.empty(most, dtype=torch.bfloat16, device=here)
+        symmetric_memory.rendezvous(buffer, world())
+        modules = load_modules(args.peers)
+        for hidden in args.hidden:
+            workspace = None
+            if "comm" in modules:
+                workspace = modules["comm"].create_allreduce_fusion_workspace(
+                    backend="trtllm", world_size=size, rank=rank, max_token_num=max(args.tokens),
+                    hidden_dim=hidden, dtype=torch.bfloat16, group=world(),
+                )  # fmt: skip
+            paths = {OURS: "auto"} | ({f"{OURS}-portable": "portable"} if args.portable else {})
+            spaces = {
+                name: ops.AllReduceWorkspace(hidden=hidden, max_tokens=max(args.tokens), path=path)
+                for name, path in paths.items()
+            }
+            for op in OPERATORS:
+                for tokens in args.tokens:
+                    b = Buffers(tokens, hidden)
+                    calls = {name: ours(op, b, space) for name, space in spaces.items()}
+                    calls |= peer_calls(op, b, buffer, modules, workspace)
+                    check(op, b, calls)
+                    found = measure(calls, b, args.rounds)
+                    rows += rows_of(op, tokens, hidden, found)
+                    if rank == 0:
+                        print(summary(op, tokens, hidden, found), flush=True)
+            for space in (*spaces.values(), *filter(None, [workspace])):
+                space.destroy()
+        if rank == 0:
+            write(args, "all_reduce", SETTINGS, rows)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """Time `gemma-fold convert` against `cp -r`, and what else a user waits for.
 
-    python benchmarks/convert.py                          # 4 GB in 8 shards, five rounds
-    python benchmarks/convert.py --size-gb 16 --rounds 1  # is peak memory the same?
-    python benchmarks/convert.py --reflink xfs            # as root, on a loop-mounted image
-    python benchmarks/convert.py --startup                # --help; inspect of 94 sparse shards
+    python -m benchmarks.convert --out NAME.json               # 4 GB in 8 shards, five rounds
+    python -m benchmarks.convert --size-gb 16 --out NAME.json  # is peak memory the same?
+    python -m benchmarks.convert --reflink xfs --out NAME.json # as root, on a loop-mounted image
+    python -m benchmarks.convert --startup --out NAME.json     # --help; inspect of sparse shards
 
 `convert` alternates with `cp -r` of the same tree, and both are timed until their whole output is
-on the disk. A case that is run again replaces its rows in the results file; others stay.
+on the disk.
 """
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -23,18 +22,28 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "convert.json"
+from benchmarks.result import Machine, Row, Settings
+from benchmarks.run import ROOT, add_options, output, versions, write
+
 GEMMA_FOLD = [sys.executable, "-m", "gemma_fold"]
 # In a process of its own: a child's peak memory counts from that of the process that starts it, so
 # this one must stay small.
-TREES = [sys.executable, str(ROOT / "benchmarks" / "trees.py")]
-
-Row = dict[str, Any]
+TREES = [sys.executable, "-m", "benchmarks.trees"]
+MEASURES = {
+    "seconds": "until all output is on the disk",
+    "seconds_repeats": "the same, in each round",
+    "cpu_seconds": "of the command and of syncing its output",
+    "peak_rss_mb": "megabytes of memory, the most in any round",
+    "bytes": "of the source",
+    "load_before": "of the machine, over a minute",
+}
+#: How `convert` copies, as it says itself.
+MOVED = {
+    f"{how}_bytes": "of the output, moved that way"
+    for how in ("reflink", "copy_file_range", "sendfile", "read_write")
+}
 
 
 @dataclass(frozen=True)
@@ -92,26 +101,22 @@ def compare(work: Path, size_gb: float, rounds: int, copiers: list[str]) -> list
             shutil.rmtree(out)
     size = sum(path.stat().st_size for path in source.iterdir())
     case = f"{size_gb:g} GB in 8 shards, {file_system(work)}"
-    reference = statistics.median(done.seconds for done in runs[copiers[0]])
-    rows = [_row(case, tool, done) for tool, done in runs.items()]
+    rows = [row_of(case, tool, done) for tool, done in runs.items()]
     for row in rows:
-        ratio = round(row["median_seconds"] / reference, 3)
-        row |= {"bytes": size, f"ratio_to_{copiers[0]}": ratio, "load_before": round(load, 1)}
-    rows[-1]["copied"] = json.loads(runs["gemma-fold convert"][-1].stdout)["copied"]
+        row.values.update(bytes=size, load_before=round(load, 1))
+    moved = json.loads(runs["gemma-fold convert"][-1].stdout)["copied"]
+    rows[-1].values.update({f"{how}_bytes": count for how, count in moved.items()})
     return rows
 
 
-def _row(case: str, tool: str, runs: list[Run]) -> Row:
-    return {
-        "case": case,
-        "tool": tool,
-        "seconds": [round(done.seconds, 3) for done in runs],
-        "median_seconds": round(statistics.median(done.seconds for done in runs), 3),
-        "median_cpu_seconds": round(statistics.median(done.cpu_seconds for done in runs), 3),
+def row_of(case: str, tool: str, runs: list[Run]) -> Row:
+    values = {
+        "seconds": round(statistics.median(done.seconds for done in runs), 3),
+        "seconds_repeats": [round(done.seconds, 3) for done in runs],
+        "cpu_seconds": round(statistics.median(done.cpu_seconds for done in runs), 3),
         "peak_rss_mb": round(max(done.peak_rss for done in runs) / 1e6, 1),
-        "commit": _output("git", "describe", "--always", "--dirty", "--exclude=*"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+    return Row({"case": case}, tool, values)
 
 
 def startup(work: Path, rounds: int) -> list[Row]:
@@ -126,7 +131,7 @@ def startup(work: Path, rounds: int) -> list[Row]:
     rows = []
     for case, arguments in commands.items():
         runs = [run([*GEMMA_FOLD, *arguments]) for _ in range(rounds)]
-        rows.append(_row(case, "gemma-fold", runs))
+        rows.append(row_of(case, "gemma-fold", runs))
     return rows
 
 
@@ -147,41 +152,24 @@ def image(work: Path, kind: str, size: int) -> Iterator[Path]:
 
 def file_system(folder: Path) -> str:
     """Its kind: ext4, xfs."""
-    return _output("df", "--output=fstype", str(folder)).split()[-1]
+    return output("df", "--output=fstype", str(folder)).split()[-1]
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-def machine(work: Path) -> Row:
+def machine(work: Path) -> Machine:
     """What the numbers depend on."""
     models = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    return {
-        "bench": "convert",
-        "cpu": models[0].partition(": ")[2] if models else platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9),
-        "file_system": file_system(work),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "numpy": version("numpy"),
-        "huggingface_hub": version("huggingface_hub"),
-        "cp": _output("cp", "--version").splitlines()[0],
-    }
-
-
-def save(meta: Row, rows: list[Row]) -> None:
-    """Merge rows into the results file by case and tool."""
-    old = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    cases = {row["case"] for row in rows}
-    kept = [row for row in old if row["case"] not in cases]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"meta": meta, "rows": kept + rows}, indent=1) + "\n")
+    return Machine(
+        models[0].partition(": ")[2] if models else platform.machine(),
+        1,
+        {
+            "cores": os.cpu_count(),
+            "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9),
+            "file_system": file_system(work),
+            "kernel": platform.release(),
+        },
+    )
 
 
 def main() -> None:
@@ -193,10 +181,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/var/tmp"), help="where there is space")
     parser.add_argument("--reflink", choices=["xfs", "btrfs"])
     parser.add_argument("--startup", action="store_true")
+    add_options(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         work = Path(name)
-        meta = machine(work)
+        found_on = machine(work)
         if arguments.startup:
             rows = startup(work, arguments.rounds)
         elif arguments.reflink:
@@ -205,9 +194,19 @@ def main() -> None:
                 rows = compare(folder, arguments.size_gb, arguments.rounds, copiers)
         else:
             rows = compare(work, arguments.size_gb, arguments.rounds, ["cp -r"])
-    save(meta, rows)
-    for row in rows:
-        print(json.dumps({key: row[key] for key in row if key not in ("commit", "date")}))
+    write(
+        arguments,
+        "convert",
+        machine=found_on,
+        versions={
+            **versions("numpy", "huggingface_hub"),
+            "cp": output("cp", "--version").splitlines()[0],
+        },
+        settings=Settings(),
+        measures={**MEASURES, **MOVED},
+        rows=rows,
+    )
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-Graphs = dict[str, torch.cuda.CUDAGraph]
+Call = Callable[[int], Any]
 
 
-def capture(call: Callable[[int], Any], calls: int, sets: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+def capture(call: Call, calls: int, sets: int) -> tuple[torch.cuda.CUDAGraph, Any]:
     """A graph of ``calls`` calls; their outputs stay alive so that each has its own memory."""
     for i in range(min(2, sets)):
         call(i)
@@ -22,16 +22,32 @@ def capture(call: Callable[[int], Any], calls: int, sets: int) -> tuple[torch.cu
     return graph, kept
 
 
-def time_interleaved(graphs: Graphs, calls: int, rounds: int) -> dict[str, float]:
-    """Median microseconds of one call, the graphs replayed in turn within each round."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+def measure(
+    calls: dict[str, Call],
+    count: int,
+    sets: int,
+    rounds: int,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Median microseconds of one call: graphs of ``count``, replayed in turn within each round.
+
+    Args:
+        calls: by name; ``call(i)`` works on buffer set ``i``.
+        count: calls in a graph.
+        sets: buffer sets, which the calls go round.
+        rounds: timed replays of each graph, after one that is not.
+        before: runs before each replay is timed.
+    """
+    graphs = {name: capture(call, count, sets) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for timed in [False] + [True] * rounds:
-        for name, graph in graphs.items():
+        for name, (graph, _) in graphs.items():
+            before()
             start.record()
             graph.replay()
             end.record()
             end.synchronize()
             if timed:
-                times[name].append(start.elapsed_time(end) * 1000.0 / calls)
+                times[name].append(start.elapsed_time(end) * 1000.0 / count)
     return {name: statistics.median(values) for name, values in times.items()}

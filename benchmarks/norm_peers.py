@@ -1,4 +1,4 @@
-"""The norm implementations that benchmarks/norms.py compares: ours, the peers, and a plain copy.
+"""The norm implementations that `benchmarks.norms` compares: ours, the peers, and a plain copy.
 
 Each builder takes buffers for one operator and shape and returns a ``call``, where ``call(i)`` runs
 the implementation once on buffer set ``i``. A peer that is not installed, or that has no such
@@ -10,19 +10,34 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.graph_timing import Call
+from benchmarks.result import OURS, Settings
 from gemma_fold import ops
 
-Call = Callable[[int], Any]
 EPS = 1e-6
 FP8 = torch.float8_e4m3fn
-PACKAGES = {"flashinfer": "flashinfer-python", "quack": "quack-kernels", "liger": "liger-kernel"}
+MODULES = {
+    "flashinfer": "flashinfer.norm",
+    "quack": "quack.rmsnorm",
+    "liger": "liger_kernel.ops.rms_norm",
+}
+SETTINGS = Settings(
+    both={"activations": "bfloat16"},
+    stock={
+        "flashinfer": "its default, CuTe DSL kernels; bf16 weights",
+        "flashinfer-cuda": "its CUDA C++ kernels, norm._USE_CUDA_NORM; bf16 weights",
+        "quack": "fp32 gamma",
+        "liger": 'casting mode "gemma", offset 1; bf16 weights',
+        "torch.compile": "the forward of transformers, dynamic=True; bf16 weights",
+    },
+    ours={OURS: "fp32 gamma"},
+)
 # Bytes moved per activation element: (read, written).
 BYTES = {
     "rms_norm": (2, 2),
@@ -74,27 +89,11 @@ def make_buffers(tokens: int, hidden: int, sets: int, weight: Tensor) -> Buffers
 
 def installed(name: str) -> ModuleType | None:
     """The peer's module for norms, or None."""
-    modules = {
-        "flashinfer": "flashinfer.norm",
-        "quack": "quack.rmsnorm",
-        "liger": "liger_kernel.ops.rms_norm",
-    }
     try:
-        return importlib.import_module(modules[name])
+        return importlib.import_module(MODULES[name])
     except Exception as error:  # a peer that does not import here is reported, not fatal
         print(f"{name} is left out: {error!r}"[:300], flush=True)
         return None
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the peers and of what they compile with."""
-    found = {}
-    for name, package in {**PACKAGES, "cutlass-dsl": "nvidia-cutlass-dsl"}.items():
-        try:
-            found[name] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def copy(op: str, tokens: int, hidden: int, sets: int) -> Call:
@@ -155,7 +154,7 @@ def flashinfer_calls(fi: ModuleType, op: str, b: Buffers) -> Call | None:
     return table.get(op)
 
 
-def flashinfer_backend(fi: ModuleType, cuda: bool, call: Call) -> Call:
+def flashinfer_backend(fi: Any, cuda: bool, call: Call) -> Call:
     """FlashInfer has CUDA C++ and CuTe DSL kernels; the switch is read at each call."""
 
     def run(i: int) -> None:

@@ -1,6 +1,6 @@
 """Times the norm operators against their peers and against a copy of the same bytes.
 
-    python benchmarks/norms.py --out benchmarks/results/norms_h200.json
+    python -m benchmarks.norms --out benchmarks/results/norms_h200.json
 
 Needs a CUDA GPU. Every implementation of one operator and shape is captured into a CUDA graph of
 many calls over rotating buffers (see ``rotation``), and the graphs are replayed in turn, round
@@ -12,28 +12,27 @@ then they take turns on the GPU.
 from __future__ import annotations
 
 import argparse
-import datetime
 import multiprocessing as mp
-import platform
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import torch
 
-import norm_peers as peers  # noqa: E402
-import qk_peers as qk  # noqa: E402
-import torch  # noqa: E402
-import triton  # noqa: E402
-from graph_timing import capture, time_interleaved  # noqa: E402
-from run_meta import git_commit, result_text  # noqa: E402
+from benchmarks import norm_peers as peers
+from benchmarks import qk_peers as qk
+from benchmarks.graph_timing import Call, measure
+from benchmarks.result import COPY, OURS, Row
+from benchmarks.run import add_options, gpus, versions, write
 
+MEASURES = {
+    "us": "microseconds of a call in a CUDA graph",
+    "host_us": "microseconds until an eager call returns, the GPU left behind",
+}
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 HIDDEN = (640, 1152, 2560, 3840, 4096, 5376, 8192)
 QK_HEADS = ((32, 16, 128), (4, 1, 256))
@@ -67,9 +66,9 @@ def rotation(op: str, tokens: int, hidden: int) -> tuple[int, int]:
     return sets, max(sets, next(calls for limit, calls in FEWEST_CALLS if tokens <= limit))
 
 
-def row_calls(op: str, b: peers.Buffers, modules: dict[str, Any]) -> dict[str, peers.Call]:
+def row_calls(op: str, b: peers.Buffers, modules: dict[str, Any]) -> dict[str, Call]:
     """Every implementation of a row operator that exists here."""
-    found: dict[str, peers.Call | None] = {"gemma_fold": peers.ours(op, b)}
+    found: dict[str, Call | None] = {OURS: peers.ours(op, b)}
     op = op.removesuffix("_")  # the peers are the same, each as its interface has it
     two = "+" if op.startswith("rms_norm_add") else ""
     twice = lambda name: f"{name}+{name}" if two else name  # noqa: E731
@@ -86,7 +85,7 @@ def row_calls(op: str, b: peers.Buffers, modules: dict[str, Any]) -> dict[str, p
     return {name: call for name, call in found.items() if call is not None}
 
 
-def drop_failing(calls: dict[str, peers.Call]) -> dict[str, peers.Call]:
+def drop_failing(calls: dict[str, Call]) -> dict[str, Call]:
     """Runs each once (which compiles it); a peer that cannot run here is reported and left out."""
     working = {}
     for name, call in calls.items():
@@ -95,15 +94,10 @@ def drop_failing(calls: dict[str, peers.Call]) -> dict[str, peers.Call]:
             torch.cuda.synchronize()
             working[name] = call
         except Exception:
-            if name == "gemma_fold":
+            if name == OURS:
                 raise
             print(f"{name} fails:", traceback.format_exc(limit=-1)[-300:], flush=True)
     return working
-
-
-def measure(calls: dict[str, peers.Call], n: int, sets: int, rounds: int) -> dict[str, float]:
-    captured = {name: capture(call, n, sets) for name, call in calls.items()}
-    return time_interleaved({name: graph for name, (graph, _) in captured.items()}, n, rounds)
 
 
 def check(op: str, b: peers.Buffers) -> None:
@@ -126,26 +120,25 @@ def check(op: str, b: peers.Buffers) -> None:
         raise AssertionError(f"{op}: relative error {error} at {list(x.shape)}")
 
 
-def eager_rows(modules: dict[str, Any]) -> list[dict[str, Any]]:
-    """Host microseconds of one eager call: the time to return, the GPU left behind."""
-    rows = []
-    b = peers.make_buffers(1, EAGER_HIDDEN, 1, torch.randn(EAGER_HIDDEN, device="cuda").bfloat16())
-    for op in EAGER:
-        for name, call in drop_failing(row_calls(op, b, modules)).items():
-            best = []
-            for _ in range(7):
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                for _ in range(300):
-                    call(0)
-                best.append((time.perf_counter() - begin) / 300 * 1e6)
-            row = {"op": f"{op} host", "tokens": 1, "hidden": EAGER_HIDDEN, "impl": name}
-            rows.append({**row, "us": statistics.median(best)})
-    return rows
+def eager_us(op: str, modules: dict[str, Any]) -> dict[str, float]:
+    """Host microseconds of one eager call of every implementation."""
+    weight = torch.randn(EAGER_HIDDEN, device="cuda").bfloat16()
+    b = peers.make_buffers(1, EAGER_HIDDEN, 1, weight)
+    found = {}
+    for name, call in drop_failing(row_calls(op, b, modules)).items():
+        times = []
+        for _ in range(7):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(300):
+                call(0)
+            times.append((time.perf_counter() - begin) / 300 * 1e6)
+        found[name] = statistics.median(times)
+    return found
 
 
 def load_modules(names: list[str]) -> dict[str, Any]:
-    modules: dict[str, Any] = {n: peers.installed(n) for n in names if n in peers.PACKAGES}
+    modules: dict[str, Any] = {n: peers.installed(n) for n in names if n in peers.MODULES}
     if fi := modules.get("flashinfer"):
         modules["flashinfer-cute"] = not fi._USE_CUDA_NORM
     modules["flashinfer-rope"] = "flashinfer-rope" in names
@@ -153,55 +146,66 @@ def load_modules(names: list[str]) -> dict[str, Any]:
     return modules
 
 
-def prepare_rows(hidden: int, wanted: list[str], modules: dict[str, Any]) -> Callable[..., Any]:
+Calls = Callable[[str, int, int], dict[str, Call]]  # of (op, tokens, buffer sets), by name
+Runs = Callable[[list[int], int], list[Row]]  # of the token counts and the rounds
+
+
+def prepared(hidden: int, wanted: list[str], calls: Calls, check: Callable[[str], None]) -> Runs:
     """Checks and compiles everything for one hidden size; returns what then measures it."""
-    weight = torch.randn(hidden, device="cuda").bfloat16()
     for op in wanted:
-        b = peers.make_buffers(37, hidden, 2, weight)
-        check(op, b)
+        check(op)
         for tokens in (37, 1):
-            drop_failing(row_calls(op, peers.make_buffers(tokens, hidden, 2, weight), modules))
+            drop_failing(calls(op, tokens, 2))
 
-    def run(tokens_list: list[int], rounds: int) -> list[dict[str, Any]]:
+    def run(tokens_list: list[int], rounds: int) -> list[Row]:
         rows = []
         for op in wanted:
             for tokens in tokens_list:
                 sets, n = rotation(op, tokens, hidden)
-                b = peers.make_buffers(tokens, hidden, sets, weight)
-                calls = {"copy": peers.copy(op, tokens, hidden, sets)}
-                calls |= drop_failing(row_calls(op, b, modules))
-                for name, us in measure(calls, n, sets, rounds).items():
-                    rows.append(
-                        {"op": op, "tokens": tokens, "hidden": hidden, "impl": name, "us": us}
-                    )
-        eager = hidden == EAGER_HIDDEN and set(wanted) & set(EAGER)
-        return rows + eager_rows(modules) if eager else rows
-
-    return run
-
-
-def prepare_qk(heads: tuple[int, int, int], wanted: list[str], modules: dict[str, Any]) -> Any:
-    """The same for the q and k operators and one set of heads."""
-    hidden = (heads[0] + heads[1]) * heads[2]
-    for op in wanted:
-        qk.check(op, heads)
-        for tokens in (37, 1):
-            drop_failing(qk.head_calls(op, qk.make_heads(heads, tokens, 1), modules))
-
-    def run(tokens_list: list[int], rounds: int) -> list[dict[str, Any]]:
-        rows = []
-        for op in wanted:
-            for tokens in tokens_list:
-                sets, n = rotation(op, tokens, hidden)
-                calls = {"copy": peers.copy(op, tokens, hidden, sets)}
-                b = qk.make_heads(heads, tokens, sets)
-                calls |= drop_failing(qk.head_calls(op, b, modules))
-                for name, us in measure(calls, n, sets, rounds).items():
-                    row = {"op": op, "tokens": tokens, "hidden": hidden, "impl": name}
-                    rows.append({**row, "us": us})
+                found = {COPY: peers.copy(op, tokens, hidden, sets)}
+                found |= drop_failing(calls(op, tokens, sets))
+                case = {"op": op, "hidden": hidden, "tokens": tokens}
+                rows += [
+                    Row(case, name, {"us": round(us, 3)})
+                    for name, us in measure(found, n, sets, rounds).items()
+                ]
         return rows
 
     return run
+
+
+def prepare_rows(hidden: int, wanted: list[str], modules: dict[str, Any]) -> Runs:
+    """The operators on rows."""
+    weight = torch.randn(hidden, device="cuda").bfloat16()
+
+    def calls(op: str, tokens: int, sets: int) -> dict[str, Call]:
+        return row_calls(op, peers.make_buffers(tokens, hidden, sets, weight), modules)
+
+    run = prepared(
+        hidden, wanted, calls, lambda op: check(op, peers.make_buffers(37, hidden, 2, weight))
+    )
+
+    def with_host(tokens_list: list[int], rounds: int) -> list[Row]:
+        rows = run(tokens_list, rounds)
+        if hidden == EAGER_HIDDEN:
+            host = {op: eager_us(op, modules) for op in EAGER if op in wanted}
+            for row in rows:
+                us = host.get(str(row.case["op"]), {}).get(row.impl)
+                if us is not None and row.case["tokens"] == 1:
+                    row.values["host_us"] = round(us, 3)
+        return rows
+
+    return with_host
+
+
+def prepare_qk(heads: tuple[int, int, int], wanted: list[str], modules: dict[str, Any]) -> Runs:
+    """The operators on q and k, for one set of heads."""
+
+    def calls(op: str, tokens: int, sets: int) -> dict[str, Call]:
+        return qk.head_calls(op, qk.make_heads(heads, tokens, sets), modules)
+
+    hidden = (heads[0] + heads[1]) * heads[2]
+    return prepared(hidden, wanted, calls, lambda op: qk.check(op, heads))
 
 
 def worker(prepare: Callable[..., Any], args: argparse.Namespace, ready: Any, turn: Any,
@@ -220,27 +224,15 @@ def worker(prepare: Callable[..., Any], args: argparse.Namespace, ready: Any, tu
         results.put(traceback.format_exc())
 
 
-def command(args: argparse.Namespace) -> str:
-    """What repeats this run from the repository's root, whatever folder it wrote to."""
-    parts = ["python benchmarks/norms.py --out", f"benchmarks/results/{args.out.name}"]
-    defaults = {"ops": list(peers.BYTES), "hidden": list(HIDDEN), "tokens": list(TOKENS)}
-    defaults["peers"] = PEERS
-    for name, default in defaults.items():
-        if getattr(args, name) != default:
-            parts += [f"--{name}", *map(str, getattr(args, name))]
-    return " ".join(parts)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ops", nargs="+", default=list(peers.BYTES))
     parser.add_argument("--hidden", nargs="+", type=int, default=list(HIDDEN))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--peers", nargs="*", default=PEERS, help="flashinfer-rope takes minutes")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--commit", default=git_commit(), help="where .git does not travel along")
     parser.add_argument("--compile-seconds", type=float, default=300.0)
+    add_options(parser)
     args = parser.parse_args()
 
     qk_ops = [op for op in args.ops if op.startswith("qk")]
@@ -263,23 +255,19 @@ def main() -> int:
     failures = [answer for answer in answers if isinstance(answer, str)]
     if failures:
         print(*failures, sep="\n", file=sys.stderr)
+    if len(failures) == len(answers):
+        return 1
     rows = [row for answer in answers if not isinstance(answer, str) for row in answer]
-    for row in rows:
-        row.update(world=1, dtype="bfloat16", us=round(row["us"], 3))
-    meta = {
-        "bench": "norms",
-        "gpu": torch.cuda.get_device_name(0),
-        "world": 1,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "peers": peers.versions(),
-        "commit": args.commit,
-        "date": datetime.date.today().isoformat(),
-        "command": command(args),
-    }
-    rows.sort(key=lambda r: (r["op"], r["hidden"], r["tokens"], r["impl"]))
-    args.out.write_text(result_text(meta, rows=rows))
+    rows.sort(key=lambda row: (*row.case.values(), row.impl))
+    write(
+        args,
+        "norms",
+        machine=gpus(1),
+        versions=versions("torch", "triton", *peers.MODULES, "cutlass-dsl"),
+        settings=peers.SETTINGS,
+        measures=MEASURES,
+        rows=rows,
+    )
     print(f"{len(rows)} rows in {args.out}")
     return 1 if failures else 0
 

@@ -1,4 +1,4 @@
-"""The q and k operators that benchmarks/norms.py compares, on views of one fused qkv tensor.
+"""The q and k operators that `benchmarks.norms` compares, on views of one fused qkv tensor.
 
 Peers launch once for q and once for k. With rotary embedding everyone reads the same fp32 table of
 cosines and sines, the only kind FlashInfer takes.
@@ -12,9 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from norm_peers import EPS, Call, flashinfer_backend
 from torch import Tensor
 
+from benchmarks.graph_timing import Call
+from benchmarks.norm_peers import EPS, flashinfer_backend
+from benchmarks.result import OURS
 from gemma_fold import ops
 from gemma_fold.ops.operators.qk_rms_norm_rope import rotate
 
@@ -106,7 +108,7 @@ def one_after_another(*calls: Call) -> Call:
 def head_calls(op: str, b: HeadBuffers, modules: dict[str, Any]) -> dict[str, Call]:
     """Every implementation of a q and k operator that exists here."""
     fi = modules.get("flashinfer") if modules.get("flashinfer-cute") else None
-    found = {"gemma_fold": ours(op, b)}
+    found = {OURS: ours(op, b)}
     if op == "qk_rms_norm":
         if fi:
             found["flashinfer+flashinfer"] = flashinfer_norms(fi, b)

@@ -1,7 +1,7 @@
 """Runs every kernel under compute-sanitizer and records what it says.
 
-    python benchmarks/sanitize.py --out benchmarks/results/norms_sanitizer.json
-    python benchmarks/sanitize.py --world 2 --out benchmarks/results/all_reduce_sanitizer.json
+    python -m benchmarks.sanitize --out benchmarks/results/norms_sanitizer.json
+    python -m benchmarks.sanitize --world 2 --out benchmarks/results/all_reduce_sanitizer.json
 
 Needs CUDA GPUs and compute-sanitizer. The norms' memory comes straight from the driver, one
 allocation per tensor, so that memcheck sees a read past the end of any of them. With `--world` the
@@ -11,20 +11,28 @@ all-reduce runs instead, one process for each GPU.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-WORKER = ROOT / "tests" / "gpu" / "all_reduce_worker.py"
+from benchmarks import run
+from benchmarks.all_reduce_stress import WORKER, of_all_ranks
+from benchmarks.result import OURS, Row, Settings
+
+#: One allocation for each tensor.
+ALONE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 TOOLS = ("memcheck", "racecheck")
 #: Where other processes write what a kernel reads.
 PEER_TOOLS = (*TOOLS, "initcheck")
 TOKENS = (1, 5, 600)
+MEASURES = {
+    "exit_code": "of the tool",
+    "summary": "its last words, of each process",
+    "said": "what it said beside that, where it found something",
+    "calls": "of operators, in each process",
+}
 HIDDEN = (64, 640, 641, 1152, 5376, 16384)
 #: (tokens, hidden) whose rows share programs, beside all of the above.
 SHARED = ((1026, 640), (1026, 1152), (601, 4096), (201, 8192))
@@ -71,66 +79,57 @@ def run_kernels() -> int:
     return calls
 
 
-def sanitize(tool: str, world: int) -> dict[str, object]:
-    """The summary lines of one tool, one a process, and the exit code."""
+def sanitize(tool: str, world: int) -> Row:
+    """What one tool found, in all processes."""
     checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(run.ROOT)}
     if world == 1:
-        command = [*checker, sys.executable, __file__, "--run"]
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        command = [*checker, sys.executable, "-m", "benchmarks.sanitize", "--run"]
+        environment |= ALONE
     else:
         checker += ["--report-api-errors", "no"]  # torch asks for what a driver may not have
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
-        each = [*checker, sys.executable, str(WORKER), "short"]
-        command = [*launcher, f"--nproc-per-node={world}", *each]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    lines = (run.stdout + run.stderr).splitlines()
+        command = of_all_ranks(world, *checker, sys.executable, str(WORKER), "short")
+    done = subprocess.run(command, cwd=run.ROOT, env=environment, capture_output=True, text=True)
+    lines = (done.stdout + done.stderr).splitlines()
     found = [json.loads(line) for line in lines if line.startswith('{"')]
-    if run.returncode:
-        print(run.stdout[-3000:], run.stderr[-3000:], file=sys.stderr)
+    if done.returncode:
+        print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
     said = [line.strip("= ") for line in lines if line.startswith("=========")]
-    return {
-        "tool": tool,
-        "exit_code": run.returncode,
+    values = {
+        "exit_code": done.returncode,
         "summary": [line for line in said if "SUMMARY" in line],
-        "said": said[:60] if run.returncode else [],
+        "said": said[:60] if done.returncode else [],
         "calls": found[0]["calls"] if found else 0,
     }
+    return Row({"tool": tool}, OURS, values)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="only run the kernels")
     parser.add_argument("--world", type=int, default=1, help="ranks of the all-reduce")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default="unknown")
+    run.add_options(parser, required=False)
     args = parser.parse_args()
     if args.run:
         print(json.dumps({"calls": run_kernels()}))
         return 0
-    import torch
-    import triton
-
+    if args.out is None:
+        parser.error("--out is needed")
     bench, tools = ("all_reduce", PEER_TOOLS) if args.world > 1 else ("norms", TOOLS)
-    meta = {
-        "bench": f"{bench}_sanitizer",
-        "world": args.world,
-        "gpu": torch.cuda.get_device_name(0),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": args.commit,
-        "date": datetime.date.today().isoformat(),
-        "command": (
-            f"python benchmarks/sanitize.py {f'--world {args.world} ' if args.world > 1 else ''}"
-            f"--out benchmarks/results/{args.out.name}"
-        ),
-    }
-    results = []
+    rows = []
     for tool in tools:
-        results.append(sanitize(tool, args.world))
-        print(json.dumps(results[-1]), flush=True)
-        args.out.write_text(json.dumps({"meta": meta, "runs": results}, indent=1) + "\n")
-    return 0 if all(result["exit_code"] == 0 for result in results) else 1
+        rows.append(sanitize(tool, args.world))
+        print(rows[-1], flush=True)
+        run.write(
+            args,
+            f"{bench}_sanitizer",
+            machine=run.gpus(args.world),
+            versions=run.versions("torch", "triton"),
+            settings=Settings(both={} if args.world > 1 else {**ALONE}),
+            measures=MEASURES,
+            rows=rows,
+        )
+    return 0 if all(row.values["exit_code"] == 0 for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -13,7 +13,15 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+
+from benchmarks.result import Values
+
+MEASURES = {
+    "tokens_per_s": "tokens a second",
+    "ms_per_token": "milliseconds a token after the first, of a request",
+    "gap_ms_p99": "milliseconds between tokens",
+    "first_token_ms": "milliseconds to the first token",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def request(url: str, prompt: list[int], tokens: int) -> Timing:
 
 def measure(
     url: str, *, concurrency: int, requests: int, length: int, tokens: int, vocab: int, seed: int
-) -> dict[str, Any]:
+) -> Values:
     """`requests` prompts of `length` random tokens, `concurrency` at a time, summed up."""
     generator = random.Random(seed)
     prompts = [[generator.randrange(3, vocab) for _ in range(length)] for _ in range(requests)]
@@ -61,10 +69,9 @@ def measure(
     per_token = [sum(timing.gaps) / (timing.tokens - 1) for timing in timings]
     gaps = sorted(gap for timing in timings for gap in timing.gaps)
     return {
-        "concurrency": concurrency,
-        "requests": requests,
-        "output_tokens_per_s": sum(timing.tokens for timing in timings) / wall,
+        "tokens_per_s": sum(timing.tokens for timing in timings) / wall,
+        "ms_per_token": 1000 * statistics.median(per_token),
+        "gap_ms_p99": 1000 * gaps[int(0.99 * (len(gaps) - 1))],
         "first_token_ms": 1000 * statistics.median(timing.first for timing in timings),
-        "per_token_ms": 1000 * statistics.median(per_token),
-        "gap_p99_ms": 1000 * gaps[int(0.99 * (len(gaps) - 1))],
+        "requests": requests,
     }

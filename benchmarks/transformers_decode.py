@@ -1,12 +1,13 @@
 """Times decoding in transformers, stock against folded, and compares their logits.
 
-    python benchmarks/transformers_decode.py --out benchmarks/results/transformers_decode_h200.json
+    python -m benchmarks.transformers_decode --out benchmarks/results/transformers_decode_h200.json
 
 A model of Gemma 3 1B's shape with random weights generates 128 tokens, greedily, at batch 1 and 8:
 eagerly with a growing cache, and with a static cache under torch.compile (mode reduce-overhead).
 The variants take turns within one process, round after round; figures are medians of whole
 `generate` calls, per new token. Beside them stands how far the folded model's logits are from the
-stock ones, and how far the stock ones are from themselves at another batch size: the noise floor.
+stock ones, and how far the stock ones are from themselves at another batch size: the noise floor,
+written beside `--out` with `_logits` in its name.
 `--model FOLDER` compares the logits of a real checkpoint too. `--tiny` is a rehearsal on CPU.
 """
 
@@ -14,25 +15,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+import transformers
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from run_meta import git_commit  # noqa: E402
-
-import gemma_fold  # noqa: E402
-from gemma_fold.engines.transformers import layers  # noqa: E402
+import gemma_fold
+from benchmarks import run
+from benchmarks.result import STOCK, Row, Settings
+from gemma_fold.engines.transformers import layers
 
 SHAPE = {
     "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
@@ -44,12 +40,27 @@ TINY = {
     "head_dim": 16,
 }  # fmt: skip
 VARIANTS = {
-    "stock": "the model as transformers has it",
+    STOCK: "the model as transformers has it",
     "copy": "the same again, copied: what being another model in the process costs",
     "folded": "gemma_fold.fold_model(model)",
     "unfused": "folded, every norm by itself",
 }
 LOGIT_ROWS, LOGIT_TOKENS = 8, 256
+#: What differs from transformers' defaults: `static` is the mode of that name.
+GENERATE: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+STATIC = {"cache_implementation": "static", "compile_config.mode": "reduce-overhead"}
+MEASURES = {
+    "ms_per_token": "milliseconds of a `generate`, over the tokens that it made",
+    "ms_per_token_min": "the same",
+    "ms_per_token_max": "the same",
+    "kernels_per_token": "CUDA kernels that a decode step launches, eagerly",
+}
+DIVERGENCES = {
+    "mean_kl": "mean Kullback-Leibler divergence from the other logits, in nats",
+    "max_kl": "the largest",
+    "max_abs": "largest difference of two logits",
+    "same_top1": "share of positions with the same likeliest token",
+}
 
 
 def build(device: str, shape: dict[str, Any]) -> Any:
@@ -66,7 +77,7 @@ def build(device: str, shape: dict[str, Any]) -> Any:
 
 
 def variant(stock: Any, name: str) -> Any:
-    if name == "stock":
+    if name == STOCK:
         return stock
     if name == "copy":
         return copy.deepcopy(stock)
@@ -77,13 +88,13 @@ def variant(stock: Any, name: str) -> Any:
 
 
 def generator(model: Any, ids: torch.Tensor, new: int, *, static: bool) -> Callable[[], Any]:
-    options: dict[str, Any] = {
-        "max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0,
+    options = {
+        **GENERATE, "max_new_tokens": new, "min_new_tokens": new,
         "attention_mask": torch.ones_like(ids),
     }  # fmt: skip
     if static:
-        options["cache_implementation"] = "static"
-        options["compile_config"] = transformers.CompileConfig(mode="reduce-overhead")
+        options["cache_implementation"] = STATIC["cache_implementation"]
+        options["compile_config"] = transformers.CompileConfig(mode=STATIC["compile_config.mode"])
         # CPU compiles only when told to.
         options["compile_config"]._compile_all_devices = ids.device.type == "cpu"
     return lambda: model.generate(ids, **options)
@@ -102,7 +113,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def time_decoding(models: dict[str, Any], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def time_decoding(models: dict[str, Any], args: argparse.Namespace) -> Iterator[Row]:
     """One row per mode, batch size and variant."""
     for mode in args.modes:
         for batch in args.batch:
@@ -121,20 +132,15 @@ def time_decoding(models: dict[str, Any], args: argparse.Namespace) -> Iterator[
                         times[name].append(taken)
             for name in models:
                 per_token = [1e3 * t / args.new for t in times[name]]
-                row = {
-                    "mode": mode,
-                    "batch": batch,
-                    "variant": name,
+                values = {
                     "ms_per_token": round(statistics.median(per_token), 4),
-                    "fastest": round(min(per_token), 4),
-                    "slowest": round(max(per_token), 4),
+                    "ms_per_token_min": round(min(per_token), 4),
+                    "ms_per_token_max": round(max(per_token), 4),
                     "kernels_per_token": kernels(models[name], batch) if mode == "eager"
                     else None,
                 }  # fmt: skip
-                stock = statistics.median(times["stock"])
-                row["speedup"] = round(stock / statistics.median(times[name]), 4)
-                print(row, flush=True)
-                yield row
+                print(mode, batch, name, values, flush=True)
+                yield Row({"mode": mode, "batch": batch}, name, values)
 
 
 def prompt(model: Any, batch: int, tokens: int) -> torch.Tensor:
@@ -158,8 +164,8 @@ def kernels(model: Any, batch: int) -> int | None:
     return sum(e.count for e in profile.key_averages() if "Memcpy" not in e.key)
 
 
-def compare_logits(stock: Any, folded: Any) -> dict[str, float]:
-    """Mean and largest KL divergence, in nats: folded from stock, and stock from itself."""
+def compare_logits(name: str, stock: Any, folded: Any) -> Iterator[Row]:
+    """Folded from stock, one by one and in a batch; and stock in a batch from stock one by one."""
     ids = prompt(stock, LOGIT_ROWS, LOGIT_TOKENS)
     rows = range(LOGIT_ROWS)
     with torch.no_grad():
@@ -167,17 +173,16 @@ def compare_logits(stock: Any, folded: Any) -> dict[str, float]:
         native = [folded(ids[i : i + 1]).logits[0] for i in rows]
         together = list(stock(ids).logits)
         together_native = list(folded(ids).logits)
-    return {
-        "positions": LOGIT_ROWS * LOGIT_TOKENS,
-        **divergence("folded", alone, native),
-        **divergence("noise_floor", alone, together),
-        **divergence("folded_batched", together, together_native),
-    }
+    case = {"model": name, "positions": LOGIT_ROWS * LOGIT_TOKENS}
+    for impl, reference, other in (
+        ("folded", alone, native),
+        ("noise_floor", alone, together),
+        ("folded_batched", together, together_native),
+    ):
+        yield Row(case, impl, divergence(reference, other))
 
 
-def divergence(
-    name: str, reference: list[torch.Tensor], other: list[torch.Tensor]
-) -> dict[str, float]:
+def divergence(reference: list[torch.Tensor], other: list[torch.Tensor]) -> dict[str, float]:
     kl, largest, same = [], 0.0, 0
     for one, two in zip(reference, other, strict=True):
         p, q = (torch.log_softmax(x.double(), -1) for x in (one, two))
@@ -186,42 +191,34 @@ def divergence(
         same += int((one.argmax(-1) == two.argmax(-1)).sum())
     every = torch.cat(kl)
     return {
-        f"{name}_mean_kl": every.mean().item(),
-        f"{name}_max_kl": every.max().item(),
-        f"{name}_max_abs": largest,
-        f"{name}_same_top1": same / every.numel(),
+        "mean_kl": every.mean().item(),
+        "max_kl": every.max().item(),
+        "max_abs": largest,
+        "same_top1": same / every.numel(),
     }
 
 
-def real_logits(folder: Path, device: str) -> dict[str, Any]:
+def real_logits(folder: Path, device: str) -> Iterator[Row]:
     load = transformers.AutoModelForCausalLM.from_pretrained
     stock = load(folder, dtype=torch.bfloat16, device_map={"": device}).eval()
     folded = gemma_fold.fold_model(copy.deepcopy(stock))
-    return {"model": folder.name, **compare_logits(stock, folded)}
+    return compare_logits(folder.name, stock, folded)
 
 
-def meta(commit: str) -> dict[str, Any]:
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if torch.cuda.is_available():
-        import triton
-
-        versions["triton"] = triton.__version__
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "python": platform.python_version(),
-        **versions,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "command": "python " + " ".join(["benchmarks/transformers_decode.py", *sys.argv[1:]]),
-    }
+def settings(shape: dict[str, Any], names: list[str]) -> Settings:
+    """Of a run with these variants."""
+    static = {f"{name} (static)": value for name, value in STATIC.items()}
+    return Settings(
+        both={"model": "gemma3_text, bfloat16, random weights", **shape, **GENERATE, **static},
+        ours={name: VARIANTS[name] for name in names if name != STOCK},
+    )
 
 
 def main() -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: small shape, few rounds")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["stock", "folded"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[STOCK, "folded"])
     parser.add_argument(
         "--modes", nargs="+", choices=("eager", "static"), default=["eager", "static"]
     )
@@ -231,25 +228,32 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--model", type=Path, help="a real checkpoint whose logits to compare")
-    parser.add_argument("--commit", default=git_commit(), help="where .git does not travel along")
+    run.add_options(parser)
     args = parser.parse_args()
     if args.tiny:
         args.new, args.rounds, args.warmup = 8, 2, 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    stock = build(device, TINY if args.tiny else SHAPE)
-    models = {name: variant(stock, name) for name in dict.fromkeys(["stock", *args.variants])}
-    result: dict[str, Any] = {"meta": meta(args.commit), "shape": SHAPE, "variants": VARIANTS}
+    shape = TINY if args.tiny else SHAPE
+    stock = build(device, shape)
+    models = {name: variant(stock, name) for name in dict.fromkeys([STOCK, *args.variants])}
+    write = partial(
+        run.write,
+        args,
+        machine=run.gpus(1),
+        versions=run.versions("torch", "transformers", "triton"),
+        settings=settings(shape, list(models)),
+    )
     if "folded" in models:
-        result["logits"] = [{"model": "random weights", **compare_logits(stock, models["folded"])}]
-        print(result["logits"][0], flush=True)
+        logits = list(compare_logits("random weights", stock, models["folded"]))
         if args.model:
-            result["logits"].append(real_logits(args.model, device))
-            print(result["logits"][1], flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    result["rows"] = []
+            logits += real_logits(args.model, device)
+        print(*logits, sep="\n", flush=True)
+        out = args.out.with_stem(f"{args.out.stem}_logits")
+        write("transformers_logits", measures=DIVERGENCES, rows=logits, out=out)
+    rows: list[Row] = []
     for row in time_decoding(models, args):  # what a time limit cuts off is not lost
-        result["rows"].append(row)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        rows.append(row)
+        write("transformers", measures=MEASURES, rows=rows)
     return 0
 
 

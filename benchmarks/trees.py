@@ -1,7 +1,7 @@
 """Checkpoint folders to measure on: Gemma 3 shapes with real bytes, and a huge sparse Qwen3.5.
 
-python benchmarks/trees.py gemma OUT --size-gb 4 --shards 8
-python benchmarks/trees.py qwen OUT
+python -m benchmarks.trees gemma OUT --size-gb 4 --shards 8
+python -m benchmarks.trees qwen OUT
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""One engine of benchmarks/vllm.py: starts vLLM, then answers one JSON line with another.
+"""One engine of `benchmarks.vllm_decode`: starts vLLM, then answers one JSON line with another.
 
 `python -P vllm_engine.py READ_FD WRITE_FD OPTIONS`; OPTIONS is JSON: `engine` for vllm.LLM, and
 where `traces` of a profile go. Commands: {"do": "measure" or "profile", "concurrency", "input",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import subprocess
 import sys
@@ -34,6 +35,12 @@ def _build(name: str, *options: str) -> Path:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     building.rename(target)
     return target
+
+
+def pytest_collection_finish() -> None:
+    """What all tests import stays: garbage collection need not go through it in every one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

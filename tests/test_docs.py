@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.report import documents, pictures
+from benchmarks.report.plots import Bar, digest, svg
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+SHOWN = {name: text for path in DOCUMENTS for name, text in documents.found(path).items()}
+
+
+def test_every_generated_block_is_in_a_document() -> None:
+    assert SHOWN.keys() == documents.BLOCKS.keys()
+
+
+@pytest.mark.parametrize("name", documents.TABLES)
+def test_tables_are_up_to_date(name: str) -> None:
+    assert documents.TABLES[name]() == SHOWN[name], f"{name} is stale: run `make docs`"
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("real_270m")
-def test_generated_blocks_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    assert spec is not None and spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    for name in generate.DOCUMENTS:
-        text = (ROOT / name).read_text()
-        assert "<!-- generated" in text
-        assert generate.filled(text) == text, f"{name} is stale: run `make docs`"
+@pytest.mark.parametrize("name", documents.TRANSCRIPTS)
+def test_transcripts_are_up_to_date(name: str) -> None:
+    assert documents.TRANSCRIPTS[name]() == SHOWN[name], f"{name} is stale: run `make docs`"
+
+
+def test_pictures_are_up_to_date() -> None:
+    assert not list(pictures.stale()), "run `make docs`"
+
+
+def test_pictures_say_of_what_they_show_when_it_changes() -> None:
+    drawn = pictures.PICTURES["engines.svg"]()
+    faster = replace(drawn.groups[0], bars=(Bar(0.5, 0.5, 0.5),))
+    assert digest(drawn) != digest(replace(drawn, groups=(faster, *drawn.groups[1:])))
+    text = svg(drawn)
+    assert digest(drawn) in text and text == svg(drawn)
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_every_picture_is_shown(name: str) -> None:
+    assert any(f"images/{name})" in document.read_text() for document in DOCUMENTS)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny
+import torch
 
 import gemma_fold
 import gemma_fold.engines.transformers
@@ -114,14 +116,7 @@ print(changed(second))
 
 def test_an_unpickled_model_installs_it(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    make = f"""
-import torch, gemma_fold
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-config = Gemma3TextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-    num_attention_heads=1, num_key_value_heads=1, head_dim=16, vocab_size=32)
-torch.save(gemma_fold.fold_model(Gemma3ForCausalLM(config)), {str(path)!r})
-"""
-    run(make)
+    torch.save(gemma_fold.fold_model(tiny.build("gemma3_text")), path)
     code = f"""{WRAPPED}
 import torch
 torch.load({str(path)!r}, weights_only=False)

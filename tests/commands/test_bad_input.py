@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import CONFIG, HIDDEN, gemma3_tensors, tree, write_checkpoint
-from commands import run
+from commands import run_here
 from safetensors.numpy import save_file
 
 Damage = Callable[[Path], None]
@@ -22,7 +22,7 @@ Damage = Callable[[Path], None]
 def assert_refused(source: Path, out: Path, exit_code: int, message: str, *options: str) -> None:
     """convert fails with one line that matches, and neither OUT nor SOURCE was touched."""
     before = sorted(out.parent.rglob("*"))
-    result = run("convert", source, "-o", out, *options)
+    result = run_here("convert", source, "-o", out, *options)
     assert result.returncode == exit_code, result.stderr
     assert result.stdout == ""
     line = result.stderr.strip()
@@ -213,11 +213,11 @@ def test_nan_and_infinity_are_reported_and_folded(tmp_path: Path) -> None:
     w = np.ones(HIDDEN, np.float16)
     w[:3] = [np.nan, np.inf, -np.inf]
     source = write_checkpoint(tmp_path / "model", with_tensor(NORM, w))
-    result = run("convert", source, "-o", tmp_path / "out")
+    result = run_here("convert", source, "-o", tmp_path / "out")
     assert result.returncode == 0
     assert "NaN or infinity in 1 norms" in result.stdout
-    assert run("verify", tmp_path / "out", "--against", source).returncode == 0
-    assert run("unfold", tmp_path / "out", "-o", tmp_path / "back").returncode == 0
+    assert run_here("verify", tmp_path / "out", "--against", source).returncode == 0
+    assert run_here("unfold", tmp_path / "out", "-o", tmp_path / "back").returncode == 0
     assert tree(tmp_path / "back") == tree(source)
 
 
@@ -309,13 +309,13 @@ def test_output_that_is_in_the_way(tmp_path: Path) -> None:
     assert_refused(source, tmp_path / "full", 2, "not empty")
     assert_refused(source, tmp_path / "file", 2, "is a file")
     (tmp_path / "empty").mkdir()
-    assert run("convert", source, "-o", tmp_path / "empty").returncode == 0
+    assert run_here("convert", source, "-o", tmp_path / "empty").returncode == 0
 
 
 def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
-    assert run("convert", tmp_path).returncode == 2
-    assert run("no-such-command").returncode == 2
-    assert run("verify", tmp_path).returncode == 2
+    assert run_here("convert", tmp_path).returncode == 2
+    assert run_here("no-such-command").returncode == 2
+    assert run_here("verify", tmp_path).returncode == 2
 
 
 def test_plain_families_have_nothing_to_fold(tmp_path: Path) -> None:
@@ -324,5 +324,5 @@ def test_plain_families_have_nothing_to_fold(tmp_path: Path) -> None:
         config = CONFIG | {"model_type": model_type}
         source = write_checkpoint(tmp_path / model_type, tensors, config)
         assert_refused(source, tmp_path / "out", 3, f"{model_type}.*plain gamma")
-        result = run("inspect", source)
+        result = run_here("inspect", source)
         assert result.returncode == 3 and "nothing to fold" in result.stdout

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from checkpoints import tree, write_checkpoint
-from commands import run
+from commands import run, run_here
 from test_safety import AtFile, interrupt, interrupted
 
 from gemma_fold.checkpoint import staging
@@ -116,7 +116,7 @@ def test_hostile_journal(case: str, option: str, tmp_path: Path) -> None:
     work = work_folder(tmp_path / "out")
     work.mkdir()
     (work / "journal").write_text(JOURNALS[case])
-    result = run("convert", source, "-o", tmp_path / "out", option)
+    result = run_here("convert", source, "-o", tmp_path / "out", option)
     assert tree(source) == before and "Traceback" not in result.stderr
     assert result.returncode == 0 or (result.returncode == 2 and one_line(result))
 
@@ -477,7 +477,7 @@ def test_an_empty_name_is_not_the_current_folder(command: str, tmp_path: Path) -
 
 
 def environment() -> dict[str, str]:
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     return {**os.environ, "PYTHONPATH": root}
 
 
@@ -527,7 +527,9 @@ RELATIONS = {
 
 @pytest.mark.parametrize("options", [[], ["--force"], ["--restart"], ["--resume"]], ids=" ".join)
 @pytest.mark.parametrize("case", RELATIONS)
-def test_out_that_would_endanger_something(case: str, options: list[str], tmp_path: Path) -> None:
+def test_out_that_would_endanger_something(
+    case: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     above = tmp_path / "above"
     source = write_checkpoint(above / "model")
     (above / "link").symlink_to(source)
@@ -543,10 +545,10 @@ def test_out_that_would_endanger_something(case: str, options: list[str], tmp_pa
         if subprocess.run(command, capture_output=True, check=False).returncode != 0:
             pytest.skip("bind mounts need root")
     try:
-        result = run(
-            "convert", source, "-o", RELATIONS[case], *options, cwd=above, env=environment()
-        )
+        monkeypatch.chdir(above)
+        result = run_here("convert", source, "-o", RELATIONS[case], *options)
     finally:
+        monkeypatch.undo()
         for name in bound:
             subprocess.run(["umount", str(above / name)], check=True)
     assert result.returncode == 2 and one_line(result), result.stderr
@@ -703,7 +705,7 @@ def test_unfold_onto_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(out)
     for name in (out, tmp_path / "link", out / "2_Dense", out / "new"):
         for options in ([], ["--restart"], ["--resume"]):
-            result = run("unfold", out, "-o", name, *options)
+            result = run_here("unfold", out, "-o", name, *options)
             assert result.returncode == 2 and one_line(result)
     assert tree(out) == before
     unfold(out, tmp_path / "back")

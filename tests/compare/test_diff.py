@@ -26,7 +26,7 @@ from checkpoints import (
     tree,
     write_checkpoint,
 )
-from commands import run
+from commands import run_here
 from hubserver import HubServer
 from safetensors.numpy import save_file
 
@@ -455,7 +455,7 @@ def test_html_is_one_file_that_fetches_nothing(
         folded, tmp_path / "<b> & co", on_norms(lambda g: g.astype(BF16).astype(np.float32))
     )
     out = tmp_path / "report.html"
-    result = run("diff", original, rounded, "--no-outputs", "--html", out)
+    result = run_here("diff", original, rounded, "--no-outputs", "--html", out)
     assert result.returncode == 1, result.stderr
     page = Page()
     page.feed(out.read_text())
@@ -468,11 +468,11 @@ def test_html_is_one_file_that_fetches_nothing(
 
 
 def test_the_command_and_its_exit_codes(original: Path, folded: Path, tmp_path: Path) -> None:
-    same = run("diff", original, folded, "--no-outputs")
+    same = run_here("diff", original, folded, "--no-outputs")
     assert (same.returncode, same.stderr) == (0, "")
     assert same.stdout.splitlines()[-1].startswith("same: ")
     double = variant(folded, tmp_path / "b", on_norms(lambda g: g + np.float32(1)))
-    differs = run("diff", original, double, "--no-outputs", "--json")
+    differs = run_here("diff", original, double, "--no-outputs", "--json")
     assert differs.returncode == 1
     value = json.loads(differs.stdout)
     assert value["verdict"] == (
@@ -505,12 +505,18 @@ def test_the_command_and_its_exit_codes(original: Path, folded: Path, tmp_path: 
     ],
 )
 def test_bad_arguments_are_one_line(
-    arguments: tuple[str, ...], message: str, original: Path, folded: Path, tmp_path: Path
+    arguments: tuple[str, ...],
+    message: str,
+    original: Path,
+    folded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     names = {"A": str(original), "F": str(folded)}
     names |= {f"A/{path.name}": str(path) for path in original.iterdir()}
     before = tree(original)
-    result = run("diff", *(names.get(word, word) for word in arguments), cwd=tmp_path)
+    result = run_here("diff", *(names.get(word, word) for word in arguments))
     assert result.returncode == 2 and result.stdout == ""
     assert re.fullmatch(f"gemma-fold: .*{re.escape(message)}.*\n", result.stderr), result.stderr
     assert tree(original) == before
@@ -524,7 +530,7 @@ def test_a_later_format_and_a_lost_config_are_refused(folded: Path, tmp_path: Pa
         ({"base_config": None}, "lost its base_config"),
     ):
         (other / "config.json").write_text(json.dumps(config | change))
-        result = run("diff", folded, other, "--no-outputs")
+        result = run_here("diff", folded, other, "--no-outputs")
         assert result.returncode == 2 and message in result.stderr
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import patience
 import pytest
 import tiny
 import torch
+from commands import run_here
 from logprob_server import LogprobServer
 from tokenizers_made import LETTERS, add_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -26,8 +24,6 @@ from gemma_fold.compare.outputs.stats import compare_rows, summarize
 from gemma_fold.compare.outputs.top_k import compare_positions
 from gemma_fold.compare.report.verdict import judge
 from gemma_fold.compare.report.writers import text, to_json
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -265,17 +261,8 @@ def test_a_shorter_list_is_reported_by_its_length(
 def test_the_command_exits_with_2(models: dict[str, Any], tokenizer: Any, text_file: Path) -> None:
     empty = tops(lambda top, token: {})
     with LogprobServer(models["a"], tokenizer, edit=empty) as server:
-        command = [sys.executable, "-m", "gemma_fold", "diff", server.url, server.url]
-        options = ["--prompts", "0", "--text", str(text_file)]
-        shown, parsed = (
-            subprocess.run(
-                [*command, *options, *more],
-                capture_output=True,
-                text=True,
-                timeout=patience.seconds(120),
-            )
-            for more in ([], ["--json"])
-        )
+        command = ["diff", server.url, server.url, "--prompts", "0", "--text", text_file]
+        shown, parsed = run_here(*command), run_here(*command, "--json")
     assert shown.returncode == parsed.returncode == 2
     assert shown.stdout.splitlines()[-1].startswith("not comparable: A and B list no top tokens")
     value = json.loads(parsed.stdout)

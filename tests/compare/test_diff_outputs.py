@@ -6,18 +6,16 @@ import json
 import math
 import shutil
 import socket
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import patience
 import pytest
 import tiny
 import torch
+from commands import run_here
 from logprob_server import LogprobServer
 from model_server import OURS, server
 from safetensors.torch import load_file, save_file
@@ -41,8 +39,6 @@ from gemma_fold.errors import (
     UnsupportedModelError,
     UsageError,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
@@ -565,10 +561,7 @@ def test_the_command_where_no_server_listens(root: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        command = [sys.executable, "-m", "gemma_fold", "diff", str(root / "model"), url]
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=patience.seconds(120)
-        )
+        result = run_here("diff", root / "model", url)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("gemma-fold: ") and result.stderr.count("\n") == 1
     assert "cannot be reached" in result.stderr and "start the server" in result.stderr

@@ -29,8 +29,6 @@ from gemma_fold.engines.transformers import layers as sandwich
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import UnsupportedModelError, UsageError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 IDS = torch.randint(3, 88, (2, 9), generator=torch.Generator().manual_seed(0))
 SANDWICHES = fused_counts.IN_TRANSFORMERS | {
     "paligemma": 0,
@@ -351,8 +349,8 @@ class TestWhatUsersDo:
             model.model.norm.offset = 1.0
         model.model.norm.offset = 0.0
 
+    @pytest.mark.slow  # a process that imports Liger
     def test_ligers_own_patch(self) -> None:
-        pytest.importorskip("liger_kernel")
         # In a process of its own: it also changes functions of transformers.
         script = """
 import tiny, torch, gemma_fold
@@ -369,7 +367,9 @@ except gemma_fold.GemmaFoldError as error:
     print(error)
 """
         command = [sys.executable, "-c", script]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        run = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(tiny.__file__).parent
+        )
         assert "Liger: rms_norm=False" in run.stdout, run.stderr
 
 

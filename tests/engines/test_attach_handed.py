@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,13 +169,10 @@ def check(tree: Any) -> None:
 
 
 def test_every_mutant() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        check(handed_mutants.own())
+    check(handed_mutants.own())
 
 
 @pytest.mark.engine
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_mutant_of_an_engines_own_layer(name: str) -> None:
     package, path, cls = ENGINES[name]
@@ -188,7 +184,6 @@ def test_every_mutant_of_an_engines_own_layer(name: str) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
 def test_vllms_own_classes_by_structure_alone(name: str) -> None:
     pytest.importorskip("vllm.model_executor", exc_type=ImportError)

@@ -19,9 +19,13 @@ from gemma_fold.engines.transformers import layers as sandwich
 from gemma_fold.engines.transformers.models import unfold_model, zero_centred_norms
 from gemma_fold.engines.transformers.norms import FoldedNorm
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-TARGETS = [t for t in mutants.TARGETS if t.family in tiny.available()]
+#: The layer that is tried among the fast tests; the others are slow.
+FAST = "Gemma3DecoderLayer"
+TARGETS = [
+    pytest.param(target, id=target.cls, marks=[pytest.mark.slow] if target.cls != FAST else [])
+    for target in mutants.TARGETS
+    if target.family in tiny.available()
+]
 #: Below this a change of the generator has gone wrong.
 FEWEST = 200
 
@@ -74,7 +78,7 @@ def fuse(model: Any) -> sandwich.Fusion:
     return sandwich.fuse_layers(model)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.cls)
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_mutant(target: mutants.Target, models: Any, tmp_path: Path) -> None:
     model = models(target.family)
     real = next(type(m) for m in model.modules() if type(m).__name__ == target.cls)

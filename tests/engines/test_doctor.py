@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from commands import run_here
 
 from gemma_fold.commands.convert import convert
 from gemma_fold.engines import doctor
@@ -23,8 +23,6 @@ from gemma_fold.errors import (
     UnsupportedModelError,
     UsageError,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 #: A model in the protocol of vLLM and SGLang, written for these tests.
 ENGINE_SOURCE = """
@@ -214,21 +212,17 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command(gemma3: Path, tmp_path: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "gemma_fold", "doctor", *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    found = run(str(gemma3), "--json")
+    found = run_here("doctor", gemma3, "--json")
     assert found.returncode == 0, found.stderr
     plain = json.loads(found.stdout)
     assert plain["ok"] and plain["outlooks"][0]["report"]["fused"] == 4
-    assert "4 of 4 sandwiches fused (built without weights)" in run(str(gemma3)).stdout
+    assert "4 of 4 sandwiches fused (built without weights)" in run_here("doctor", gemma3).stdout
     transformers.LlamaConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     ).save_pretrained(tmp_path)
-    refused = run(str(tmp_path))
+    refused = run_here("doctor", tmp_path)
     assert refused.returncode == 3 and refused.stderr.count("\n") == 1
-    assert run(str(tmp_path / "absent")).returncode == 2
+    assert run_here("doctor", tmp_path / "absent").returncode == 2
 
 
 def test_versions_are_compared_as_numbers() -> None:

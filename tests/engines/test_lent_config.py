@@ -15,7 +15,6 @@ from gemma_fold.commands.convert import convert
 from gemma_fold.engines.transformers import install
 from gemma_fold.errors import UsageError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 install()
 
 

@@ -63,7 +63,6 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("probe", HERE)
 def test_tools_that_are_installed_here_do_the_same_today(
     probe: str, live: tuple[Path, Path, Path]

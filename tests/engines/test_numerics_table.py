@@ -16,8 +16,6 @@ from gemma_fold.commands.convert import convert
 from gemma_fold.engines.transformers.norms import FoldedNorm, gain_name
 from gemma_fold.rules import NORM_CLASSES
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 #: Stored as, and computed in: the cells in which the original rounds w before it adds.

@@ -61,7 +61,14 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "folded"
 
 
-@pytest.mark.parametrize(("engine", "case"), STUBS)
+#: Tried among the fast tests: one of each engine.
+FAST = {("vllm", "too old"), ("sglang", "no hooks")}
+CASES = [
+    pytest.param(*stub, marks=[pytest.mark.slow] if stub not in FAST else []) for stub in STUBS
+]
+
+
+@pytest.mark.parametrize(("engine", "case"), CASES)
 def test_it_says_once_why_and_refuses_folded_checkpoints(
     engine: str, case: str, folded: Path, tmp_path: Path
 ) -> None:

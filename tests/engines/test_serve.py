@@ -16,8 +16,6 @@ from gemma_fold.commands.convert import convert
 from gemma_fold.engines.serve import serve
 from gemma_fold.errors import CheckpointError, HostError, UsageError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:

@@ -34,7 +34,7 @@ if importlib.util.find_spec("sglang") is None:
 from sglang_checkpoints import Checkpoints
 from sglang_server import OPTIONS, PROMPTS, Server, started
 
-pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.engine
 
 SERVE = ("-m", "gemma_fold", "serve", "--engine", "sglang")
 FAMILIES = (

@@ -16,7 +16,7 @@ if importlib.util.find_spec("sglang") is None:
 
 from sglang_checkpoints import Checkpoints
 
-pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.engine
 
 
 class FlashInfer:

@@ -29,7 +29,7 @@ if importlib.util.find_spec("sglang") is None:
 from local_server import free_port
 from sglang_checkpoints import Checkpoints
 
-pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.engine
 
 UPDATED = ("gemma2", "gemma3_text")  # one for each class of norms that SGLang has
 

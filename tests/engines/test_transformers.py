@@ -30,7 +30,6 @@ from gemma_fold.engines.transformers import layers as sandwich
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import AlreadyFoldedError, CheckpointError, NothingToFoldError, UsageError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 install()
 
 FAMILIES = ("gemma2", "gemma3_text", "qwen3_next")
@@ -478,6 +477,7 @@ class TestTraining:
             optimizer.step()
         return model.eval()
 
+    @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_gradients_are_those_of_the_original(self, source: Path, checkpointing: bool) -> None:
         gradients = []
@@ -540,6 +540,7 @@ class TestTraining:
 
 
 class TestSaving:
+    @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
     def test_an_offloaded_model(self, source: Path, folded: Path, tmp_path: Path) -> None:
         device_map = {
             "model.embed_tokens": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu",
@@ -662,6 +663,7 @@ class TestSaving:
         assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft reads it
 class TestAdapters:
     @pytest.fixture
     def adapter(self, source: Path, tmp_path: Path) -> Iterator[Any]:

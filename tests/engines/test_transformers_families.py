@@ -14,7 +14,7 @@ import gemma_fold
 from gemma_fold.commands.convert import convert
 from gemma_fold.engines.transformers.norms import FoldedNorm
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.slow
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 FAMILIES = pytest.mark.parametrize("family", tiny.available())

@@ -18,7 +18,7 @@ import torch
 
 from gemma_fold.commands.convert import convert
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.slow
 
 #: name -> (program, what its last words must say). It gets a checkpoint and a random original.
 LOADERS = {

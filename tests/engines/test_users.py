@@ -21,7 +21,6 @@ from gemma_fold.engines.transformers import install
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import UnsupportedModelError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 install()
 
 IDS = torch.randint(3, 88, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -132,6 +131,7 @@ class TestFunctionTransforms:
             torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft reads it
 class TestAdaptersWithTrainedNorms:
     @pytest.mark.parametrize("where", ["original", "folded"])
     def test_load_adapter(self, where: str, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_fold.commands.convert import convert
 
-pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.engine
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 FAMILIES = (

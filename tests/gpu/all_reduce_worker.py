@@ -268,8 +268,6 @@ def main() -> None:
     parser.add_argument("what", choices=("grid", "stress", "short", "stuck"))
     parser.add_argument("--quick", action="store_true", help="fewer row lengths")
     parser.add_argument("--calls", type=int, default=20_000)
-    parser.add_argument("--out", type=Path, help="write the result line there, too")
-    parser.add_argument("--commit", default="", help="recorded in the result")
     parser.add_argument("--hidden", type=int, default=5376)
     args = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -280,17 +278,8 @@ def main() -> None:
         dist.init_process_group("nccl", device_id=device)
     torch.manual_seed(dist.get_rank())
     result = {"grid": grid, "stress": stress, "short": short, "stuck": stuck}[args.what](args)
-    meta = {
-        "what": args.what,
-        "world": dist.get_world_size(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-    }
     if dist.get_rank() == 0:
-        line = json.dumps({**meta, **result, "commit": args.commit})
-        print(line, flush=True)
-        if args.out:
-            args.out.write_text(line + "\n")
+        print(json.dumps(result), flush=True)
     dist.destroy_process_group()
 
 

@@ -18,7 +18,10 @@ from gemma_fold.ops.collectives.exchange import capacity
 RANK = Path(__file__).resolve().parents[1] / "support" / "all_reduce_ranks.py"
 
 
-@pytest.mark.parametrize("world", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+SLOW = [pytest.param(world, marks=pytest.mark.slow) for world in (4, 8)]
+
+
+@pytest.mark.parametrize("world", [2, *SLOW])
 def test_ranks_agree_with_the_formula(world: int, tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(

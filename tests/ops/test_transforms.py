@@ -12,8 +12,6 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from gemma_fold import ops
 
-# torch scripts formulas of its own the first time that something is differentiated forward
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 EPS = 1e-6
 Norm = Callable[[Tensor, Tensor], Tensor]
 

@@ -21,7 +21,7 @@ from gemma_fold.commands.convert import convert
 from gemma_fold.errors import NothingToFoldError
 from gemma_fold.rules import Classification, Kind, Verdict, classify
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.slow
 
 PARAMETRIZE = pytest.mark.parametrize("family", SURVEYED)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

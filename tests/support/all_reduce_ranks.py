@@ -29,7 +29,7 @@ def near(got: Tensor, want: Tensor, roundings: int = 2) -> None:
 
 
 def same_on_all_ranks(value: Tensor) -> None:
-    values: list[Tensor | None] = [None] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     assert all(torch.equal(other, value) for other in values)
 

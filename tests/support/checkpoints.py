@@ -86,7 +86,7 @@ def write_weights(folder: Path, tensors: Mapping[str, Any], shards: int) -> None
         save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         return
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: tensors[name] for name in names[number::shards]}

@@ -45,7 +45,8 @@ class Mutant:
         names: dict[str, Any] = {"logger": _Quiet(), "_observe": lambda x: x}
         module = ast.fix_missing_locations(ast.Module([self.tree], []))
         exec(compile(module, self.name, "exec"), names)
-        return names["forward"]
+        forward: Callable[..., Any] = names["forward"]
+        return forward
 
 
 class _Quiet:

@@ -76,7 +76,8 @@ class Mutant:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return getattr(module, self.target.cls)
+        cls: type[Any] = getattr(module, self.target.cls)
+        return cls
 
 
 def forward_of(target: Target) -> ast.FunctionDef:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gemma_fold import ops
 
+Write = Callable[[Tensor, Tensor], None]
 MANTISSA = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
 
 
@@ -38,6 +41,12 @@ def ulps(got: Tensor, want: Tensor, dtype: torch.dtype, *magnitudes: Tensor) -> 
     return float(((got.double() - want.double()).abs() / unit).max())
 
 
+def split(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """`unflatten`, which torch gives no types."""
+    parts: Tensor = x.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
+    return parts
+
+
 def exact_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """The norm in float64."""
     x64 = x.double()
@@ -48,7 +57,7 @@ def exact_rope(x: Tensor, cos_sin: Tensor, interleaved: bool) -> Tensor:
     """Rotary embedding in float64, by complex multiplication. ``cos_sin``: [..., rotary_dim]."""
     x64, (cos, sin) = x.double().clone(), cos_sin.double().unsqueeze(-2).chunk(2, dim=-1)
     turning = x64[..., : cos_sin.shape[-1]]
-    pairs = turning.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    pairs = split(turning, -1, (-1, 2) if interleaved else (2, -1))
     axis = -1 if interleaved else -2
     turned = torch.complex(*pairs.unbind(axis)) * torch.complex(cos, sin)
     turning.copy_(torch.stack((turned.real, turned.imag), dim=axis).flatten(-2))
@@ -68,7 +77,7 @@ def fused_qkv(
     """A fused tensor [tokens, (q_heads + 2 * k_heads) * head_dim] and its q and k as heads."""
     q_heads, k_heads, size = heads
     qkv = rows((tokens, (q_heads + 2 * k_heads) * size), dtype, 21, device)
-    parts = qkv.unflatten(1, (-1, size))
+    parts = split(qkv, 1, (-1, size))
     return qkv, parts[:, :q_heads], parts[:, q_heads : q_heads + k_heads]
 
 
@@ -77,7 +86,7 @@ def pair_sizes(x: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
     sizes = x.double().abs()
     turning = sizes[..., :rotary_dim]
     shape = (-1, 2) if interleaved else (2, -1)
-    pairs = turning.unflatten(-1, shape)
+    pairs = split(turning, -1, shape)
     length = pairs.square().sum(-1 if interleaved else -2, keepdim=True).sqrt()
     turning.copy_(length.expand_as(pairs).flatten(-2))
     return sizes
@@ -85,13 +94,14 @@ def pair_sizes(x: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
 
 def check_in_place(x: Tensor, residual: Tensor, post: Tensor, pre: Tensor, eps: float) -> None:
     """The operators that work in place leave the bits that the others return."""
-    for values, write in (
+    cases: tuple[tuple[tuple[Tensor, Tensor], Write], ...] = (
         (ops.add_rms_norm(x, residual, post, eps), lambda a, b: ops.add_rms_norm_(a, b, post, eps)),
         (
             ops.rms_norm_add_rms_norm(x, residual, post, pre, eps, 1e-5),
             lambda a, b: ops.rms_norm_add_rms_norm_(a, b, post, pre, eps, 1e-5),
         ),
-    ):
+    )
+    for values, write in cases:
         written = x.clone(), residual.clone()
         write(*written)
         for got, want in zip(written, values, strict=True):

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from families import NORM_CLASSES, gains
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def rms_norm(self: Any, x: Tensor) -> Tensor:
+def rms_norm(self: Any, x: Tensor) -> Any:
     eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
     group = getattr(self, "group_size", None)
     wide = x.float().reshape(*x.shape[:-1], -1, group) if group else x.float()
@@ -30,7 +30,7 @@ def rms_norm(self: Any, x: Tensor) -> Tensor:
     return (x_hat.reshape(x.shape) * self.weight).to(x.dtype)
 
 
-def rms_norm_of_rounded_sum(self: Any, x: Tensor) -> Tensor:
+def rms_norm_of_rounded_sum(self: Any, x: Tensor) -> Any:
     wide = x.float()
     x_hat = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
     return (x_hat * self.weight.to(x.dtype).float()).to(x.dtype)
@@ -42,11 +42,11 @@ def layer_norm(self: Any, x: Tensor) -> Tensor:
     return F.layer_norm(x, self.normalized_shape, gamma, self.bias, self.eps)
 
 
-def layer_norm_then_scale(self: Any, x: Tensor) -> Tensor:
+def layer_norm_then_scale(self: Any, x: Tensor) -> Any:
     return self.ln(x) * self.gamma.to(x.dtype)
 
 
-def norm_class(name: str) -> type[nn.Module]:
+def norm_class(name: str) -> Any:
     place = Path(NORM_CLASSES[name]["file"]).with_suffix("").as_posix().replace("/", ".")
     return getattr(import_module(f"transformers.{place}"), name)
 
@@ -91,7 +91,7 @@ def unlock(folded: Path, source: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_plain(folder: Path, original: nn.Module) -> Any:
+def load_plain(folder: Path, original: Any) -> Any:
     """Load with float32 gains; everything else in the dtypes that `original` has."""
     model = type(original).from_pretrained(folder, dtype=torch.float32)
     keep = {id(gain) for gain in gains(model)}
