@@ -9,6 +9,7 @@
     gemma_fold.load(path_or_hub_id)     a folded checkpoint as a transformers model
     gemma_fold.fold_model(model)        the same for a model already in memory
     gemma_fold.unfold_model(model)      and back
+    gemma_fold.rules                    lookup(model_type, tensor): what a norm's weight stores
     gemma_fold.ops                      operators that take the fp32 gamma
 
 Importing this package imports neither torch nor numpy; a name does when it is first used. The last
@@ -33,7 +34,7 @@ from gemma_fold.errors import (
 )
 
 if TYPE_CHECKING:
-    from gemma_fold import ops
+    from gemma_fold import ops, rules
     from gemma_fold.checkpoint.progress import Progress
     from gemma_fold.commands.check import CheckReport, check
     from gemma_fold.commands.convert import ConversionReport, convert
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     from gemma_fold.commands.verify import VerifyReport, verify
     from gemma_fold.compare.report.verdict import DiffLimits, DiffReport
     from gemma_fold.compare.run import DiffOptions, diff
-    from gemma_fold.engines.transformers.models import fold_model, unfold_model
     from gemma_fold.engines.transformers.plugin import load
+    from gemma_fold.engines.transformers.weights import fold_model, unfold_model
 
 #: Where each name that is imported on first use lives: as in the block above.
 _HOME = {
@@ -58,12 +59,13 @@ _HOME = {
     "check": "commands.check",
     "convert": "commands.convert",
     "diff": "compare.run",
-    "fold_model": "engines.transformers.models",
+    "fold_model": "engines.transformers.weights",
     "inspect": "commands.inspect",
     "load": "engines.transformers.plugin",
     "ops": "",
+    "rules": "",
     "unfold": "commands.unfold",
-    "unfold_model": "engines.transformers.models",
+    "unfold_model": "engines.transformers.weights",
     "verify": "commands.verify",
 }
 
@@ -91,6 +93,7 @@ __all__ = [
     "inspect",
     "load",
     "ops",
+    "rules",
     "unfold",
     "unfold_model",
     "verify",

@@ -17,6 +17,11 @@ from gemma_fold.errors import GemmaFoldError, missing_extra
 
 EXIT_INTERRUPTED = 130
 _path = click.Path(dir_okay=True, path_type=Path)
+_out_option = click.option("-o", "--out", required=True, metavar="OUT", help="Folder to create.")
+_resume_option = click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+_restart_option = click.option(
+    "--restart", is_flag=True, help="Discard an interrupted run and start over."
+)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
@@ -46,6 +51,7 @@ def cli() -> None:
       gemma-fold diff gemma-3-270m gemma-3-270m-folded
       gemma-fold serve gemma-3-270m-folded
       gemma-fold doctor gemma-3-270m-folded
+      gemma-fold rules gemma3_text
 
     \b
     Exit codes: 0 ok, 1 differs or check failed, 2 usage or bad input,
@@ -57,7 +63,7 @@ def cli() -> None:
 @click.argument("source")
 @_json_option
 def inspect(source: str, as_json: bool) -> None:
-    """Say which norms of SOURCE are zero-centred, by which rule, and what folding would change.
+    """List which norms of SOURCE are zero-centred, by which rule, and what folding would change.
 
     SOURCE is a folder, or a Hub id such as org/name or org/name@revision. Only headers are read
     (by range requests from the Hub); in a folder the norm weights too.
@@ -82,10 +88,10 @@ def inspect(source: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("source")
-@click.option("-o", "--out", required=True, metavar="OUT", help="Folder to create.")
+@_out_option
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--restart", is_flag=True, help="Discard an interrupted run and start over.")
+@_resume_option
+@_restart_option
 @click.option(
     "--force",
     is_flag=True,
@@ -169,9 +175,9 @@ def verify(folded: str, against: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("folded")
-@click.option("-o", "--out", required=True, metavar="OUT", help="Folder to create.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--restart", is_flag=True, help="Discard an interrupted run and start over.")
+@_out_option
+@_resume_option
+@_restart_option
 @_json_option
 def unfold(folded: str, out: str, resume: bool, restart: bool, as_json: bool) -> None:
     """Turn the FOLDED checkpoint back into the very bytes it was made from.
@@ -298,10 +304,18 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
       gemma-fold diff http://127.0.0.1:8000 http://127.0.0.1:8001 --max-kl 1e-3
     """
     from gemma_fold.commands import render
-    from gemma_fold.commands.diff import run
-    from gemma_fold.compare.report import writers
+    from gemma_fold.compare import run
+    from gemma_fold.compare.report import html as page
+    from gemma_fold.compare.report import verdict, writers
 
-    found = run(a, b, html=html, progress=render.ProgressBar("comparing"), **given)
+    if html is not None:  # what cannot work is refused first
+        run.check_writable(html, "--html", page.is_page)
+        page.check_can_render()
+    limits = verdict.DiffLimits(given.pop("max_kl"), given.pop("max_ulp"))
+    options = run.DiffOptions(engines=given.pop("engine"), limits=limits, **given)
+    found = run.diff(a, b, options, render.ProgressBar("comparing"))
+    if html is not None:
+        page.write_html(found, html)
     _print(
         as_json,
         lambda: writers.to_json(found),
@@ -314,9 +328,9 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
 @click.argument("folded")
 @click.option(
     "--engine",
+    type=click.Choice(["auto", "vllm", "sglang", "transformers"]),
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "vllm", "sglang", "transformers"]),
     help="auto picks the first that is installed of vllm, sglang, transformers.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True)
@@ -344,9 +358,9 @@ def serve(
 @click.argument("model", required=False)
 @_json_option
 def doctor(model: str | None, as_json: bool) -> None:
-    """Say which engines are installed here and what each would fuse in MODEL, loading no weights.
+    """List which engines are installed here and what each would fuse in MODEL, loading no weights.
 
-    MODEL is a folder or a Hub id, folded or not. Exits with 1 where an engine does not find
+    MODEL is a folder or a Hub id, folded or not. Exits with 1 if an engine does not find
     gemma-fold, or would leave something of MODEL unfused that could be.
 
     \b
@@ -360,6 +374,28 @@ def doctor(model: str | None, as_json: bool) -> None:
     _print(as_json, lambda: doctoring.to_json(found), lambda: doctoring.text(found))
     if not found.ok:
         sys.exit(1)
+
+
+@cli.command()
+@click.argument("model_type", required=False)
+@_json_option
+def rules(model_type: str | None, as_json: bool) -> None:
+    """Say which norms of MODEL_TYPE are zero-centred and how that is known; of all without it.
+
+    MODEL_TYPE is as config.json says it, or one of its architectures. The JSON has a schema, in
+    the package beside the rules.
+
+    \b
+    Examples:
+      gemma-fold rules qwen3_next
+      gemma-fold rules --json > rules.json
+    """
+    from gemma_fold.commands import render
+    from gemma_fold.commands.rules import rules as run
+    from gemma_fold.commands.rules import to_json
+
+    found = run(model_type)
+    _print(as_json, lambda: to_json(found), lambda: render.rules(found, model_type))
 
 
 def _print(as_json: bool, plain: Callable[[], Any], text: Callable[[], str]) -> None:

@@ -4,11 +4,11 @@
     ├── UsageError                 2   arguments that make no sense together
     ├── CheckpointError            2   the input is damaged, or not a checkpoint
     │   └── AlreadyFoldedError     2   folding it again would add the offset twice
-    ├── UnsupportedModelError      3   no rule says what this model's norms mean
+    ├── UnsupportedModelError      3   no rule covers this model's norms
     │   └── NothingToFoldError     3   this family already stores plain gamma
     └── HostError                  2   disk, permissions, a missing extra or engine
 
-A check that finds a difference raises nothing: its result says so, and the command exits with 1.
+A check that finds a difference raises nothing: its result has it, and the command exits with 1.
 
 Each message is one line: what failed, why, and what to do about it.
 """
@@ -33,7 +33,7 @@ class AlreadyFoldedError(CheckpointError):
 
 
 class UnsupportedModelError(GemmaFoldError):
-    """No rule says which of this model's tensors are zero-centred."""
+    """No rule covers this model."""
 
     exit_code = 3
 
@@ -47,7 +47,7 @@ class HostError(GemmaFoldError):
 
 
 def first_line(error: BaseException, most: int = 200) -> str:
-    """What another library's exception says, for a message of ours; its type if it says nothing."""
+    """The text of another library's exception, for a message of ours; its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
 

@@ -12,7 +12,7 @@ _CONTROL_IN_LINE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 def printable(text: str, encoding: str = "utf-8", *, one_line: bool = False) -> str:
     """`text` as the terminal can show it; whatever it cannot, or must not act on, is escaped.
 
-    Names from files may hold control characters, and paths bytes that are no text at all.
+    Names from files may hold control characters, and paths bytes that are not text at all.
     """
     control = _CONTROL if one_line else _CONTROL_IN_LINE
     escaped = control.sub(lambda found: repr(found[0])[1:-1], text)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.report import all_reduce, checks, engines, evidence, measurements, norms
+from benchmarks.report import all_reduce, checks, engines, evidence, measurements, norms, rules
 from benchmarks.run import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -61,6 +61,9 @@ TABLES: dict[str, Block] = {
     "checked": evidence.checked,
     "norms": norms.norms,
     "norms_sanitizer": checks.norms_sanitizer,
+    "rule_classes": rules.classes,
+    "rule_families": rules.families,
+    "rule_plain": rules.plain,
     "sglang": engines.sglang,
     "vllm": engines.vllm,
     "vllm_diff": measurements.vllm_diff,

@@ -53,15 +53,6 @@ _UNSUPPORTED = frozenset(
 )
 
 
-class Method(str, Enum):
-    """A rung of the ladder, best first."""
-
-    REFLINK = "reflink"
-    COPY_FILE_RANGE = "copy_file_range"
-    SENDFILE = "sendfile"
-    READ_WRITE = "read_write"
-
-
 @dataclass(frozen=True, slots=True)
 class _Span:
     """`length` bytes to bring from one open file to another."""
@@ -80,6 +71,15 @@ class _Span:
     def keeps_pages(self) -> bool:
         """Whether whole pages of the source become whole pages of the target."""
         return (self.src_offset - self.dst_offset) % mmap.PAGESIZE == 0
+
+
+class Method(str, Enum):
+    """A rung of the ladder, best first."""
+
+    REFLINK = "reflink"
+    COPY_FILE_RANGE = "copy_file_range"
+    SENDFILE = "sendfile"
+    READ_WRITE = "read_write"
 
 
 class Copier:
@@ -229,7 +229,7 @@ def hole_bytes(path: str | os.PathLike[str], size: int) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
-        return 0  # whoever reads it says why
+        return 0  # whoever reads it reports why
     try:
         if os.fstat(descriptor).st_blocks * 512 >= size:
             return 0

@@ -25,8 +25,8 @@ _MAX_DIGITS = 400  # of an integer; more take long to convert, and mean nothing
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-class _Refused(ValueError):
-    """Why a text is no JSON that we read."""
+class Refused(ValueError):
+    """Why a text from a file is refused; whoever reads it adds which file."""
 
 
 def parse_json_object(raw: bytes, where: Path | str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def parse_json_object(raw: bytes, where: Path | str) -> dict[str, Any]:
     """
     try:
         value = json.loads(
-            raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_int=_bounded_integer
+            raw.decode("utf-8-sig"), object_pairs_hook=unique, parse_int=_bounded_integer
         )
         if rb"\ud" in raw or rb"\uD" in raw:
             # Python lets an escaped lone surrogate through, which no file can then be written with.
@@ -55,31 +55,28 @@ def parse_json_object(raw: bytes, where: Path | str) -> dict[str, Any]:
             f"{where} is not valid JSON: {error}; fetch the file again"
         ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} holds no JSON object; fetch the file again")
+        raise CheckpointError(f"{where} does not hold a JSON object; fetch the file again")
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; Refused if a key comes twice."""
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise _Refused(f"the key {shorten(first_repeated(pairs))} appears twice")
+        seen: set[str] = set()
+        first = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise Refused(f"the key {shown(first)} appears twice")
     return value
-
-
-def first_repeated(pairs: list[tuple[str, Any]]) -> str:
-    """The first key that comes a second time."""
-    seen: set[str] = set()
-    return next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
 
 
 def _bounded_integer(text: str) -> int:
     if len(text) > _MAX_DIGITS:
-        raise _Refused(f"an integer of {len(text)} digits")
+        raise Refused(f"an integer of {len(text)} digits")
     return int(text)
 
 
 def shorten(value: object) -> str:
-    """A value for a message: as JSON would say it, and cut where it is long."""
+    """A value for a message: as JSON, and cut if it is long."""
     try:
         text = json.dumps(value, default=repr)
     except (RecursionError, ValueError):
@@ -107,7 +104,7 @@ class Fields:
         self._value: dict[str, Any] = value
 
     def error(self, key: str, expected: str) -> CheckpointError:
-        """What to raise where the value of `key` is not as `expected`."""
+        """What to raise if the value of `key` is not as `expected`."""
         return self._error(key, expected, self._value.get(key), missing=key not in self._value)
 
     def text(self, key: str) -> str:
@@ -126,7 +123,7 @@ class Fields:
         return self._expect(key, "true or false", lambda v: v if isinstance(v, bool) else None)
 
     def integer(self, key: str, most: int = MAX_SIZE, *, default: int | None = None) -> int:
-        """A whole number from 0 to `most`; `default` where the key is absent."""
+        """A whole number from 0 to `most`; `default` if the key is absent."""
         if default is not None and key not in self._value:
             return default
         return self._expect(key, f"an integer from 0 to {most}", lambda v: _integer(v, most))
@@ -152,7 +149,7 @@ class Fields:
         return self._expect(key, "base64", _decoded)
 
     def optional(self, key: str, read: Callable[[str], T]) -> T | None:
-        """`read(key)`, or None where the value is null or absent."""
+        """`read(key)`, or None if the value is null or absent."""
         return None if self._value.get(key) is None else read(key)
 
     def integers(self, key: str, length: int) -> tuple[int, ...]:
@@ -177,7 +174,7 @@ class Fields:
         return Fields(self._value[key], self.where, subject)
 
     def items(self, kind: str) -> Iterator[tuple[str, Fields]]:
-        """Every key with the fields of its map; `kind` says what each is, as in "tensor"."""
+        """Every key with the fields of its map; `kind` is what each is, as in "tensor"."""
         for name, value in self._value.items():
             plain = name.isprintable() and len(name) <= 80
             yield name, Fields(value, self.where, f"{kind} {name if plain else shown(name)}")

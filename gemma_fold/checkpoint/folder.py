@@ -36,7 +36,7 @@ class Folder:
 
     @contextmanager
     def open(self, name: str) -> Iterator[Folder]:
-        """Open the subfolder `name`; OSError where it is a link, a file or absent."""
+        """Open the subfolder `name`; OSError if it is a link, a file or absent."""
         descriptor = os.dup(self.descriptor)
         try:
             for part in name.split("/"):
@@ -79,13 +79,13 @@ class Folder:
             return os.open(last, flags, 0o666, dir_fd=folder.descriptor)
 
     def read(self, name: str) -> int:
-        """Open the file `name` for reading; where it is a pipe, without waiting for a writer."""
+        """Open the file `name` for reading; if it is a pipe, without waiting for a writer."""
         with self.parent_of(check_name(name, self.path)) as (folder, last):
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             return os.open(last, flags, dir_fd=folder.descriptor)
 
     def status(self, name: str) -> os.stat_result | None:
-        """`lstat` of `name`, or None where there is nothing."""
+        """`lstat` of `name`, or None if there is nothing."""
         try:
             with self.parent_of(name) as (folder, last):
                 return os.stat(last, dir_fd=folder.descriptor, follow_symlinks=False)
@@ -133,7 +133,7 @@ class Folder:
 
         Args:
             name: of a folder in this one.
-            is_ours: told each file's name relative to `name`, and its `lstat`.
+            is_ours: is given each file's name relative to `name`, and its `lstat`.
 
         Returns:
             Whether nothing else was there, so that the folder itself is gone, too.
@@ -176,9 +176,9 @@ class Folder:
 
 
 def is_mount_point(path: Path) -> bool:
-    """Whether the folder at `path` is mounted there; False where there is none.
+    """Whether the folder at `path` is mounted there; False if there is none.
 
-    Unlike `os.path.ismount`, it also tells a folder of the same file system that is bound there.
+    Unlike `os.path.ismount`, it also finds a folder of the same file system that is bound there.
     """
     mounts = []
     for folder in (path, path.parent):
@@ -194,7 +194,7 @@ def is_mount_point(path: Path) -> bool:
 
 
 def _mount_of(descriptor: int) -> int:
-    """What an open folder was reached through; its device where this system cannot tell more."""
+    """What an open folder was reached through; its device if this system does not give more."""
     try:
         lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
     except FileNotFoundError:

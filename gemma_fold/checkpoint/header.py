@@ -20,7 +20,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gemma_fold.checkpoint.fields import first_repeated
+from gemma_fold.checkpoint.fields import Refused, unique
 from gemma_fold.checkpoint.names import shown
 from gemma_fold.errors import CheckpointError, HostError
 
@@ -93,10 +93,6 @@ class Header:
     data_size: int
 
 
-class _Invalid(Exception):
-    """Why a header is rejected; `parse_header` adds which file."""
-
-
 def parse_header(raw: bytes, *, data_size: int | None, where: str) -> Header:
     """Validate the JSON part of a safetensors file.
 
@@ -115,7 +111,7 @@ def parse_header(raw: bytes, *, data_size: int | None, where: str) -> Header:
         size = _check_tiling(tensors.values())
         if data_size is not None and data_size != size:
             _reject_size(size, data_size)
-    except _Invalid as error:
+    except Refused as error:
         raise CheckpointError(
             f"{where}: damaged safetensors header: {error}; fetch the file again"
         ) from None
@@ -167,9 +163,9 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
     if len(prefix) < 8:
         problem = f"only {len(prefix)} bytes long, too short for a safetensors file"
     elif length > MAX_HEADER_SIZE:
-        problem = f"says its header has {length} bytes, over the format's {MAX_HEADER_SIZE}"
+        problem = f"its header would have {length} bytes, over the format's {MAX_HEADER_SIZE}"
     elif length > file_size - 8:
-        problem = f"says its header has {length} bytes, but the file has only {file_size}"
+        problem = f"its header would have {length} bytes, but the file has only {file_size}"
     else:
         return length
     raise CheckpointError(
@@ -178,7 +174,7 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
 
 
 def with_length(raw: bytes) -> bytes:
-    """What a file begins with: a header behind the 8 bytes that tell its length."""
+    """What a file begins with: a header behind the 8 bytes of its length."""
     return len(raw).to_bytes(8, "little") + raw
 
 
@@ -218,34 +214,27 @@ def _read_raw(fd: int, file_size: int, where: str) -> bytes:
 
 def _decode(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_HEADER_SIZE:
-        raise _Invalid(f"{len(raw)} bytes, over the format's {MAX_HEADER_SIZE}")
+        raise Refused(f"{len(raw)} bytes, over the format's {MAX_HEADER_SIZE}")
     if not raw.startswith(b"{"):
-        raise _Invalid('does not start with "{"')
+        raise Refused('does not start with "{"')
     try:
         document: dict[str, Any] = json.loads(
             raw.decode("utf-8"),
-            object_pairs_hook=_object,
+            object_pairs_hook=unique,
             parse_int=_integer,
             parse_float=_finite,
             parse_constant=_no_constant,
         )
         if rb"\ud" in raw or rb"\uD" in raw:
-            # Python lets an escaped lone surrogate through; it is no text, and UTF-8 refuses it.
+            # Python lets an escaped lone surrogate through; it is not text, and UTF-8 refuses it.
             json.dumps(document, ensure_ascii=False).encode("utf-8")
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise _Invalid(f"not UTF-8 ({error.reason})") from None
+        raise Refused(f"not UTF-8 ({error.reason})") from None
     except json.JSONDecodeError as error:
-        raise _Invalid(f"not JSON ({error.msg} at character {error.pos})") from None
+        raise Refused(f"not JSON ({error.msg} at character {error.pos})") from None
     except RecursionError:
-        raise _Invalid("nested too deeply") from None
+        raise Refused("nested too deeply") from None
     return document
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise _Invalid(f"the key {shown(first_repeated(pairs))} appears twice")
-    return value
 
 
 def _integer(text: str) -> int | float:
@@ -253,52 +242,52 @@ def _integer(text: str) -> int | float:
         return -0.0  # as the library reads it, and then refuses it as a size
     # Longer texts are not converted: quadratic time, and past 4300 digits an exception.
     if len(text) > 20 or (value := int(text)) > _U64_MAX:
-        raise _Invalid(f"the integer {text[:24]} does not fit in 64 bits")
+        raise Refused(f"the integer {text[:24]} does not fit in 64 bits")
     return value
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if value - value != 0.0:
-        raise _Invalid(f"the number {text[:24]} is out of range")
+        raise Refused(f"the number {text[:24]} is out of range")
     return value
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise _Invalid(f"not JSON ({text})")
+    raise Refused(f"not JSON ({text})")
 
 
 def _metadata(value: Any) -> dict[str, str] | None:
     if value is None:
         return None
     if type(value) is not dict:
-        raise _Invalid("__metadata__ is not a map")
+        raise Refused("__metadata__ is not a map")
     for key, text in value.items():
         if type(text) is not str:
-            raise _Invalid(f"__metadata__ {shown(key)} is not a string")
+            raise Refused(f"__metadata__ {shown(key)} is not a string")
     return value
 
 
 def _entry(name: str, value: Any) -> TensorEntry:
     if type(value) is not dict:
-        raise _Invalid(f"tensor {shown(name)} is not described by a map")
+        raise Refused(f"tensor {shown(name)} is not described by a map")
     try:
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     except KeyError as error:
-        raise _Invalid(f"tensor {shown(name)} has no {error.args[0]}") from None
+        raise Refused(f"tensor {shown(name)} has no {error.args[0]}") from None
     if len(value) > 3:
         _check_extra(name, value)
     bits = _BITS.get(dtype) if type(dtype) is str else None
     if bits is None:
-        raise _Invalid(f"tensor {shown(name)} has the unknown dtype {shown(dtype)}")
+        raise Refused(f"tensor {shown(name)} has the unknown dtype {shown(dtype)}")
     size = _byte_size(name, bits, shape)
     if not _are_offsets(offsets):
-        raise _Invalid(
+        raise Refused(
             f"tensor {shown(name)} has the data_offsets {shown(offsets)}, not a begin and an end"
         )
     start, end = offsets
     if end - start != size:
-        raise _Invalid(
+        raise Refused(
             f"tensor {shown(name)} of {dtype} {shown(shape)} needs {size} bytes, has {end - start}"
         )
     return TensorEntry(name, dtype, tuple(shape), start, end)
@@ -314,24 +303,22 @@ def _are_offsets(value: Any) -> bool:
 
 def _byte_size(name: str, bits: int, shape: Any) -> int:
     if type(shape) is not list:
-        raise _Invalid(f"tensor {shown(name)} has the shape {shown(shape)}, not a list of sizes")
+        raise Refused(f"tensor {shown(name)} has the shape {shown(shape)}, not a list of sizes")
     total = 1
     for size in shape:
         if type(size) is not int or size < 0:
-            raise _Invalid(
-                f"tensor {shown(name)} has the shape {shown(shape)}, not a list of sizes"
-            )
+            raise Refused(f"tensor {shown(name)} has the shape {shown(shape)}, not a list of sizes")
         total *= size
         # At every step, as the library does: a later 0 does not make an overflow right.
         if total > _U64_MAX:
-            raise _Invalid(
+            raise Refused(
                 f"tensor {shown(name)} has the shape {shown(shape)}, over 64 bits of size"
             )
     total *= bits
     if total > _U64_MAX:
-        raise _Invalid(f"tensor {shown(name)} has the shape {shown(shape)}, over 64 bits of size")
+        raise Refused(f"tensor {shown(name)} has the shape {shown(shape)}, over 64 bits of size")
     if total % 8:
-        raise _Invalid(f"tensor {shown(name)} of {bits}-bit elements ends inside a byte")
+        raise Refused(f"tensor {shown(name)} of {bits}-bit elements ends inside a byte")
     return total // 8
 
 
@@ -347,7 +334,7 @@ def _check_extra(name: str, value: dict[str, Any]) -> None:
         ]
         if not level:
             return
-    raise _Invalid(f"tensor {shown(name)} is described by a map nested too deeply")
+    raise Refused(f"tensor {shown(name)} is described by a map nested too deeply")
 
 
 def _check_tiling(tensors: Iterable[TensorEntry]) -> int:
@@ -355,9 +342,9 @@ def _check_tiling(tensors: Iterable[TensorEntry]) -> int:
     position = 0
     for tensor in sorted(tensors, key=attrgetter("start", "end")):
         if tensor.start < position:
-            raise _Invalid(f"tensor {shown(tensor.name)} overlaps the one before it")
+            raise Refused(f"tensor {shown(tensor.name)} overlaps the one before it")
         if tensor.start > position:
-            raise _Invalid(
+            raise Refused(
                 f"{tensor.start - position} bytes before tensor {shown(tensor.name)} unused"
             )
         position = tensor.end
@@ -366,5 +353,5 @@ def _check_tiling(tensors: Iterable[TensorEntry]) -> int:
 
 def _reject_size(described: int, present: int) -> NoReturn:
     if present < described:
-        raise _Invalid(f"the file is truncated: {described - present} bytes of data are missing")
-    raise _Invalid(f"{present - described} bytes of data after the last tensor")
+        raise Refused(f"the file is truncated: {described - present} bytes of data are missing")
+    raise Refused(f"{present - described} bytes of data after the last tensor")

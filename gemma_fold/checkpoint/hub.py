@@ -44,7 +44,7 @@ _NOT_NEEDED = (
 
 @dataclass(frozen=True, slots=True)
 class RemoteCheckpoint:
-    """A model on the Hub as far as its headers tell.
+    """A model on the Hub, by its headers.
 
     Attributes:
         repo_id: `org/name`.
@@ -72,12 +72,16 @@ def parse_hub_id(text: str) -> tuple[str, str | None]:
     """Split `org/name[@revision]` into `org/name` and the revision.
 
     Raises:
-        UsageError: the text is no such id.
+        UsageError: the text is not such an id.
     """
     match = _HUB_ID.fullmatch(text)
     if match is None:
-        raise UsageError(f"{text!r} is not a Hub id; write org/name or org/name@revision")
+        raise _not_an_id(text)
     return match["repo"], match["revision"]
+
+
+def _not_an_id(text: str) -> UsageError:
+    return UsageError(f"{text!r} is not a Hub id; write org/name or org/name@revision")
 
 
 def fetch_headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
@@ -153,7 +157,7 @@ def download(repo_id: str, revision: str | None = None) -> tuple[Path, str]:
 
 
 def cached_sha256(path: Path) -> str | None:
-    """The sha256 of a file's content where the Hub cache already knows it, else None.
+    """The sha256 of a file's content if the Hub cache already knows it, else None.
 
     The cache names the blob of a large file by the sha256 that the Hub gave, and does not hash it
     again; `path` is the snapshot's link to it. Only that first link counts: the blob itself may be
@@ -186,7 +190,7 @@ class _Remote:
                 f"{self.repo_id} has no {name}; give a model in the transformers layout"
             )
         if self.files[name] > _MAX_JSON:
-            raise CheckpointError(f"{self.where(name)} is too large to be what its name says")
+            raise CheckpointError(f"{self.where(name)} is too large for a text file")
         return parse_json_object(self.read(name, 0, self.files[name]), self.where(name))
 
     def header(self, name: str) -> Header:
@@ -252,14 +256,14 @@ def _check_complete(remote: RemoteCheckpoint) -> None:
     weight_map = {} if remote.index is None else remote.index.get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
-            f"{remote.repo_id}: the weight index has no weight_map; tell its author"
+            f"{remote.repo_id}: the weight index has no weight_map; report it to its author"
         )
     for name, file in weight_map.items():
         known = isinstance(file, str) and file in remote.headers
         if not known or name not in remote.headers[file].tensors:
             raise CheckpointError(
-                f"{remote.repo_id}: the weight index says tensor {name} is in {file!r}, "
-                "but it is not there; tell its author"
+                f"{remote.repo_id}: the weight index places tensor {name} in {file!r}, "
+                "but it is not there; report it to its author"
             )
 
 
@@ -296,38 +300,38 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> GemmaFoldE
 
     place = constants.ENDPOINT
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
-    if isinstance(cause, errors.HFValidationError):
-        return UsageError(f"{repo_id!r} is not a Hub id; write org/name or org/name@revision")
-    if isinstance(cause, errors.GatedRepoError):
-        return HostError(
+    reason = first_line(cause or error)
+    explained: dict[type[Exception], GemmaFoldError] = {
+        errors.HFValidationError: _not_an_id(repo_id),
+        errors.GatedRepoError: HostError(
             f"{repo_id} is gated; accept its terms at {place}/{repo_id}, then `hf auth login`"
-        )
-    if isinstance(cause, errors.RevisionNotFoundError):
-        return CheckpointError(
+        ),
+        errors.RevisionNotFoundError: CheckpointError(
             f"{repo_id} has no revision {revision!r}; name a branch, a tag or a full commit"
-        )
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        return CheckpointError(
+        ),
+        errors.RepositoryNotFoundError: CheckpointError(
             f"{repo_id} is neither a folder here nor a model on {place} that you may read; "
             "check the spelling, or `hf auth login` if it is private"
-        )
-    if isinstance(cause, errors.OfflineModeIsEnabled):
-        return HostError(
+        ),
+        errors.OfflineModeIsEnabled: HostError(
             f"{repo_id} is not in the cache and HF_HUB_OFFLINE is set; unset it, or give a folder"
-        )
-    if isinstance(cause, errors.HfHubHTTPError):
-        return HostError(
-            f"{place} refused {repo_id} ({first_line(cause)}); check the token, or try later"
-        )
+        ),
+        errors.HfHubHTTPError: HostError(
+            f"{place} refused {repo_id} ({reason}); check the token, or try later"
+        ),
+    }
+    for kind, explanation in explained.items():
+        if isinstance(cause, kind):
+            return explanation
     if cause is None or _is_network_error(cause):
         return HostError(
-            f"{place} cannot be reached for {repo_id} ({first_line(cause or error)}); "
+            f"{place} cannot be reached for {repo_id} ({reason}); "
             "check the connection and HF_ENDPOINT, or give a folder"
         )
     if isinstance(cause, ValueError) and "filename" in str(cause):
         # The library refuses to write outside of its cache before anything of that file is fetched.
         return CheckpointError(
-            f"{repo_id} points outside the folder: {first_line(cause)} Do not trust this checkpoint"
+            f"{repo_id} points outside the folder: {reason} Do not trust this checkpoint"
         )
     if isinstance(cause, OSError):
         return _explain_disk(cause, constants.HF_HUB_CACHE)

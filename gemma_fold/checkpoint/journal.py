@@ -49,7 +49,7 @@ class Publication:
 
     Attributes:
         inode: of the finished folder.
-        replaced: state of every file of the folder to be replaced; None where there was none.
+        replaced: state of every file of the folder to be replaced; None if there was none.
     """
 
     inode: int
@@ -61,7 +61,7 @@ class Entries:
     """A journal that was read."""
 
     plan: str
-    files: frozenset[str] | None  # all that the run may write; None where it does not know
+    files: frozenset[str] | None  # all that the run may write; None if it does not know
     done: Mapping[str, Done]
     publication: Publication | None
     merge: Merge | None
@@ -69,7 +69,7 @@ class Entries:
 
 
 def read_journal(work: Folder) -> Entries | None:
-    """The journal of `work`; None where there is none of ours.
+    """The journal of `work`; None if there is none of ours.
 
     One that has a second name may be written by another run, so it is not ours.
     """
@@ -111,7 +111,7 @@ def is_torn_marker(work: Folder) -> bool:
 
 
 def _read_own(work: Folder, limit: int) -> bytes | None:
-    """The journal's first bytes; None where it is no plain file with one name."""
+    """The journal's first bytes; None if it is not a plain file with one name."""
     status = work.status(JOURNAL)
     if status is None or not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         return None

@@ -1,4 +1,4 @@
-"""Lay a weight file out anew with some tensors replaced, and say which byte runs move where.
+"""Lay a weight file out anew with some tensors replaced, and plan which byte runs move where.
 
 Tensors keep their order in the header and in the data section, so what lies between two replaced
 tensors stays one contiguous run that the kernel can copy.
@@ -50,7 +50,7 @@ class Layout:
 def replace_tensors(header: Header, replaced: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
     """Plan a file like `header`'s in which `replaced` tensors have a new (dtype, shape).
 
-    The order of the data section is kept. Only where that would put a tensor at an offset its
+    The order of the data section is kept. Only if that would put a tensor at an offset its
     dtype cannot be read from, though it was aligned before, are the wider dtypes moved to the
     front, which is the order safetensors itself writes.
     """

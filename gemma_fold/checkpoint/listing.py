@@ -37,7 +37,7 @@ def is_there(path: Path) -> bool:
     """Whether `path` names anything, a link to nothing included.
 
     Raises:
-        HostError: the disk does not say; `os.path.lexists` would call that absent.
+        HostError: the disk does not answer; `os.path.lexists` would call that absent.
     """
     try:
         os.lstat(path)

@@ -18,7 +18,7 @@ def hub_id(source: Source) -> tuple[str, str | None] | None:
 
 
 def fetch(source: Source) -> tuple[Path, Origin | None]:
-    """The folder itself, or the snapshot of a Hub id, downloaded where it is not in the cache.
+    """The folder itself, or the snapshot of a Hub id, downloaded if it is not in the cache.
 
     Raises:
         CheckpointError: no such model or revision on the Hub.

@@ -61,7 +61,7 @@ def is_work_folder_name(name: str) -> bool:
 
 
 def unsafe_reason(name: str) -> str | None:
-    """Why `name` is not the path of a file inside a folder; None where it is one."""
+    """Why `name` is not the path of a file inside a folder; None if it is one."""
     try:
         size = len(name.encode("utf-8"))
     except UnicodeEncodeError:
@@ -80,7 +80,7 @@ def unsafe_reason(name: str) -> str | None:
 
 
 def shown(value: object) -> str:
-    """Something from a file for a message: quoted, escaped, and cut where it is long."""
+    """Something from a file for a message: quoted, escaped, and cut if it is long."""
     if isinstance(value, str):
         return repr(value if len(value) <= 80 else value[:80] + "...")
     try:

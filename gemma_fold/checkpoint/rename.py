@@ -61,7 +61,7 @@ def _link_new(source: Folder, name: str, target: Folder, new_name: str) -> None:
 
 
 def exchange(source: Folder, name: str, target: Folder, other: str) -> bool:
-    """Swap two names in one step; False where this system cannot, and then nothing moved."""
+    """Swap two names in one step; False if this system cannot, and then nothing moved."""
     return _renameat2(source, name, target, other, _EXCHANGE)
 
 

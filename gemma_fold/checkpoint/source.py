@@ -34,7 +34,7 @@ _SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40}
 class FileState:
     """What must not change while a file is being read, nor before it is removed.
 
-    An edit can keep size and mtime; ctime tells.
+    An edit can keep size and mtime, but not ctime.
     """
 
     size: int
@@ -108,7 +108,8 @@ class Checkpoint:
 def open_checkpoint(path: str | os.PathLike[str], origin: Origin | None = None) -> Checkpoint:
     """Read config, index and headers of the folder `path`.
 
-    Raises CheckpointError for a folder that is not a complete, consistent safetensors checkpoint.
+    Raises:
+        CheckpointError: it is not a complete, consistent safetensors checkpoint.
     """
     root = Path(path)
     _check_is_model_folder(root)
@@ -153,7 +154,7 @@ def read_tensor(file: WeightFile, name: str) -> bytes:
 
 
 def resized_index(checkpoint: Checkpoint, growth: int) -> bytes | None:
-    """The weight index with `total_size` moved by `growth` bytes; None where there is no index."""
+    """The weight index with `total_size` moved by `growth` bytes; None if there is no index."""
     if checkpoint.index_raw is None or checkpoint.index_name is None:
         return None
     index = parse_json_object(checkpoint.index_raw, checkpoint.index_name)
@@ -167,7 +168,7 @@ def _origin_of(root: Path) -> Origin:
     resolved = root.absolute()
     match = _SNAPSHOT.search(resolved.as_posix())
     if match is None:
-        # A name that is no UTF-8 must not get into the manifest, which is.
+        # A name that is not UTF-8 must not get into the manifest, which is.
         return Origin(resolved.name.encode("utf-8", "backslashreplace").decode())
     repo_id = match["id"].replace("--", "/", 1)
     return Origin(repo_id, repo_id, match["commit"])
@@ -211,7 +212,7 @@ def check_config(config: dict[str, Any], where: Path | str) -> dict[str, Any]:
 
 
 def read_small(path: Path, limit: int = 256 << 20) -> bytes:
-    """The content of a text file; CheckpointError where it cannot be read or cannot be one."""
+    """The content of a text file; CheckpointError if it cannot be read or cannot be one."""
     try:
         # Without waiting: a named pipe would keep us until someone writes into it.
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
@@ -296,7 +297,8 @@ def _find_index(root: Path, top: set[str]) -> str | None:
 def index_map(raw: bytes, where: Path | str) -> dict[str, str]:
     """The `weight_map` of a weight index: which file at the top of the folder holds each tensor.
 
-    Raises CheckpointError that names `where` for an index that says nothing of the kind.
+    Raises:
+        CheckpointError: it has no such map; the message names `where`.
     """
     index = parse_json_object(raw, where)
     mapped = index.get("weight_map")
@@ -362,7 +364,7 @@ def _open_weight_file(root: Path, name: str) -> WeightFile:
 def _check_agreement(
     weights: tuple[WeightFile, ...], mapped: dict[str, str] | None, index_name: str | None
 ) -> None:
-    """Every tensor is in exactly one file, and the index says the same."""
+    """Every tensor is in exactly one file, and the index agrees."""
     holder: dict[str, str] = {}
     for file in weights:
         for name in file.header.tensors:
@@ -377,7 +379,7 @@ def _check_agreement(
     for name, shard in mapped.items():
         if holder.get(name) != shard:
             raise CheckpointError(
-                f"{index_name} says tensor {name} is in {shard}, but it is "
+                f"by {index_name}, tensor {name} is in {shard}, but it is "
                 f"{'in ' + holder[name] if name in holder else 'in no file'}; fetch both again"
             )
     indexed = set(mapped.values())

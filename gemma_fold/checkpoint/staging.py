@@ -2,9 +2,9 @@
 
 Everything is written into a hidden work folder beside OUT, `.OUT.gemma-fold`:
 
-    journal   proves that the folder is ours, and says what is finished
+    journal   proves that the folder is ours, and lists what is finished
     new/      the result as far as it is written
-    old/      the replaced OUT for a moment, where two folders cannot be exchanged in one step
+    old/      the replaced OUT for a moment, if two folders cannot be exchanged in one step
 
 and appears under its own name in one rename at the very end. A folder without our journal is never
 touched, whatever its name. A lock on the work folder keeps a second writer out and goes away with
@@ -63,7 +63,7 @@ class Settled:
     """What became of a run that was killed.
 
     Attributes:
-        plan: of that run where its result now stands at OUT, else None.
+        plan: of that run if its result now stands at OUT, else None.
         notes: what the user should know, a line each.
     """
 
@@ -120,7 +120,7 @@ class _Place:
                 )
             rename_new(self.work, _NEW, self.parent, self.out.name)
         published = self.is_published(publication)
-        # Where something else came to stand at OUT, what it took the place of is kept.
+        # If something else came to stand at OUT, what it took the place of is kept.
         seen = publication if published else Publication(publication.inode, {})
         self.clean_up(seen, entries.files)
         return published
@@ -131,7 +131,7 @@ class _Place:
         return out is not None and out.st_ino == publication.inode
 
     def settle_merge(self, merge: Merge, files: frozenset[str] | None) -> None:
-        """Finish a merge that was cut off, or keep its files where OUT is not what it was."""
+        """Finish a merge that was cut off, or keep its files if OUT is not what it was."""
         out = self.parent.status(self.out.name)
         same = out is not None and out.st_ino == merge.into
         if self.work.status(_NEW) is not None and not (same and self._finish(merge)):
@@ -148,7 +148,7 @@ class _Place:
         self.remove_work(files)
 
     def _finish(self, merge: Merge) -> bool:
-        """Go on with a merge; False where something else is in its way now."""
+        """Go on with a merge; False if something else is in its way now."""
         with self.work.open(_NEW) as new, self.parent.open(self.out.name) as out:
             if conflict(new, out, merge) is not None:
                 return False
@@ -156,7 +156,7 @@ class _Place:
             return True
 
     def has_moved(self, publication: Publication) -> bool:
-        """Whether a rename of this publication was done, so that `new` is no longer the result."""
+        """Whether a rename of this publication was done, so that `new` is not the result."""
         new = self.work.status(_NEW)
         if new is None or self.work.status(_OLD) is not None:
             return True
@@ -281,7 +281,7 @@ class Staging:
         return tuple(self._place.notes)
 
     def done(self, name: str) -> Done | None:
-        """What is known of `name` where a run finished it, and it is what it was then."""
+        """What is known of `name` if a run finished it, and it is what it was then."""
         done, status = self._done.get(name), self.folder.status(name)
         if done is None or status is None or not stat.S_ISREG(status.st_mode):
             return None
@@ -366,7 +366,7 @@ class Staging:
     def discard(self) -> None:
         """Remove what was written, unless some of it may have been published."""
         if not self._moving:
-            with suppress(OSError):  # what led here is the error to tell
+            with suppress(OSError):  # what led here is the error to report
                 self._place.remove_work(self._files)
 
     def close(self) -> None:
@@ -398,10 +398,10 @@ def open_staging(
         size: bytes that will be written in all.
         resume: continue an interrupted run.
         restart: discard an interrupted run.
-        files: all that may be written, so that nothing else is removed; None where that is not
+        files: all that may be written, so that nothing else is removed; None if that is not
             known.
         replaced: state of every file of the folder that stands at `out` and is to be replaced.
-        again: what a message tells the user to do after the disk was in the way.
+        again: what a message advises after the disk was in the way.
 
     Raises:
         UsageError: an interrupted run, or something that is not ours, is in the way.
@@ -429,7 +429,7 @@ def open_staging(
 
 
 def _admit(place: _Place, plan: str, size: int, *, resume: bool, restart: bool) -> Entries | None:
-    """The journal of the run to be continued; None where one begins in an empty work folder."""
+    """The journal of the run to be continued; None if one begins in an empty work folder."""
     work = place.work
     entries = read_journal(work)
     if entries is None and work.names() and not is_torn_marker(work):
@@ -539,7 +539,7 @@ def _made_parents(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _explained(path: Path, again: str = "run again with --resume") -> Iterator[None]:
-    """Turn the system's refusal to write into one line that says what to do."""
+    """Turn the system's refusal to write into one line with advice."""
     try:
         yield
     except OSError as error:

@@ -21,7 +21,7 @@ Identity = tuple[int, int]  # device, inode
 
 
 def target_folder(out: str | os.PathLike[str]) -> Path:
-    """The folder that `out` names; UsageError where none can be put there."""
+    """The folder that `out` names; UsageError if none can be put there."""
     if not os.fspath(out):
         raise UsageError("the name of the folder to write is empty; name one")
     target = Path(out)
@@ -77,10 +77,10 @@ def check_replaceable(out: Path, known: Collection[str] | None) -> dict[str, Fil
 
     Args:
         out: the folder to be written.
-        known: relative names that a replacement may remove; None where nothing may be replaced.
+        known: relative names that a replacement may remove; None if nothing may be replaced.
 
     Returns:
-        The state of every file to be replaced; None where `out` is absent or empty.
+        The state of every file to be replaced; None if `out` is absent or empty.
 
     Raises:
         UsageError: something is in the way.

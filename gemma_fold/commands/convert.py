@@ -71,7 +71,7 @@ def convert(
         tensor_lock: write gammas as [H, 1], which loaders unaware of the fold refuse.
         resume: continue an interrupted run.
         restart: discard an interrupted run and begin anew.
-        force: replace `out` where it is a folded checkpoint that `convert` made, holds nothing
+        force: replace `out` if it is a folded checkpoint that `convert` made, holds nothing
             else, and was not changed since, by its digests; it stays in place until the new one is
             complete. An interrupted run is discarded.
         digest: take a digest of every byte, for `verify` and `unfold`. Without, a reflinked copy
@@ -132,9 +132,10 @@ def _removable(out: Path, *, force: bool) -> list[Path]:
 
 
 def _replaceable(out: Path) -> frozenset[str] | None:
-    """The files of the folded checkpoint at `out`; None where `out` is absent or empty.
+    """The files of the folded checkpoint at `out`; None if `out` is absent or empty.
 
-    Raises UsageError where something else is there, or a checkpoint that cannot be made again.
+    Raises:
+        UsageError: something else is there, or a checkpoint that cannot be made again.
     """
     if is_empty_or_absent(out):
         return None
@@ -142,7 +143,7 @@ def _replaceable(out: Path) -> frozenset[str] | None:
         manifest = read_manifest(out)
     except CheckpointError as error:
         raise UsageError(
-            f"{out} is not empty and holds no folded checkpoint, so it is not replaced ({error}); "
+            f"{out} is not empty and not a folded checkpoint, so it is not replaced ({error}); "
             "name a new folder"
         ) from error
     if manifest.made_by != CONVERTED:

@@ -29,13 +29,13 @@ class Group:
         count: tensors in the group.
         shapes: distinct shapes with their counts.
         dtypes: distinct dtypes with their counts.
-        kind: what the rule says they are; None where no rule speaks about them.
+        kind: what they are by the rule; None if no rule covers them.
         family: model type of the rule that decided.
         fold: the arithmetic, for zero-centred tensors.
         evidence: what the rule rests on.
         note: why it is a trap, or what else is special.
         elements: weights in the group.
-        bf16_changes: elements a bf16 gamma would change; None where the norms were not read.
+        bf16_changes: elements a bf16 gamma would change; None if the norms were not read.
     """
 
     pattern: str
@@ -59,7 +59,7 @@ class Inspection:
         source: folder or Hub id as given.
         commit: of a Hub source.
         classification: verdict, reason, missing and unclassified tensors.
-        norms: groups of tensors that a rule speaks about, or that look like norms.
+        norms: groups of tensors that a rule covers, or that look like norms.
         others: tensors in all remaining groups.
         files: weight files.
         tensors: tensors in them.
@@ -83,18 +83,22 @@ class Inspection:
 
     @property
     def bf16_changes(self) -> int | None:
-        """Elements that a bf16 gamma would change in all, where the norms were read."""
+        """Elements that a bf16 gamma would change in all; None if the norms were not read."""
         known = [g.bf16_changes for g in self.norms if g.bf16_changes is not None]
         return sum(known) if known else None
 
 
 def inspect(source: Source) -> Inspection:
-    """Inspect a folder or a Hub id (`org/name[@revision]`).
+    """Which norms of a checkpoint are zero-centred, by which rule.
 
     Only headers and `config.json` are read, by range requests for a Hub id; in a local folder that
     can be folded the norm weights are read too, to count what bf16 would lose.
 
-    Raises CheckpointError for a damaged or incomplete checkpoint.
+    Args:
+        source: a folder or a Hub id (`org/name[@revision]`).
+
+    Raises:
+        CheckpointError: it is damaged or incomplete.
     """
     text = os.fspath(source)
     found = hub_id(source)
@@ -168,7 +172,7 @@ class _Tally:
             family=rule.family if rule else "",
             fold=rule.fold if rule else None,
             evidence=rule.evidence if rule else None,
-            note=rule.note if rule else "no rule says what it is",
+            note=rule.note if rule else "not covered by any rule",
             elements=self.elements,
             bf16_changes=self.changes,
         )

@@ -23,6 +23,7 @@ from gemma_fold.format.manifest import (
     Manifest,
     SourceFile,
     folded_config,
+    manifest_of,
     read_manifest,
 )
 from gemma_fold.format.names import CONVERTED, MANIFEST
@@ -115,7 +116,7 @@ class Plan:
         return replace(found, files=files) == self.manifest
 
     def _undigested(self, name: str, found: SourceFile) -> SourceFile:
-        """A file's entry without what only copying it tells."""
+        """A file's entry without what is known only after copying it."""
         planned = self.manifest.files.get(name)
         known = found.blake3 if planned is None else planned.blake3
         return replace(found, folded_header=None, tensors=None, blake3=known)
@@ -138,8 +139,12 @@ class Plan:
 def plan_conversion(checkpoint: Checkpoint, *, tensor_lock: bool = True) -> Plan:
     """Classify every tensor, fold the norms in memory and lay out the files.
 
-    Reads the norm weights and nothing else of the payload. Raises UnsupportedModelError,
-    NothingToFoldError, AlreadyFoldedError or CheckpointError where it cannot be folded exactly.
+    Reads the norm weights and nothing else of the payload.
+
+    Raises:
+        UnsupportedModelError, NothingToFoldError: no rule covers this model.
+        AlreadyFoldedError: the norms are folded already.
+        CheckpointError: it cannot be folded exactly.
     """
     if MANIFEST in checkpoint.others:
         raise AlreadyFoldedError(
@@ -166,8 +171,16 @@ def plan_conversion(checkpoint: Checkpoint, *, tensor_lock: bool = True) -> Plan
         tensor_lock=tensor_lock,
     )
     index = resized_index(checkpoint, growth)
-    manifest = _manifest(
-        checkpoint, classification, weights, tensors, config, index, tensor_lock=tensor_lock
+    manifest = manifest_of(
+        checkpoint,
+        (checkpoint.config_raw, checkpoint.index_raw),
+        (config, index),
+        _files(checkpoint, weights),
+        origin=checkpoint.origin,
+        model_type=classification.model_type,
+        tensor_lock=tensor_lock,
+        tensors=tensors,
+        made_by=CONVERTED,
     )
     return Plan(
         checkpoint=checkpoint,
@@ -254,43 +267,16 @@ def _weights_dtype(checkpoint: Checkpoint, rules: Mapping[str, TensorRule]) -> s
     return _TORCH_DTYPES[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
 
 
-def _manifest(
-    checkpoint: Checkpoint,
-    classification: Classification,
-    weights: list[WeightPlan],
-    tensors: dict[str, FoldedTensor],
-    folded_config: bytes,
-    folded_index: bytes | None,
-    *,
-    tensor_lock: bool,
-) -> Manifest:
-    config, index = checkpoint.config_raw, checkpoint.index_raw
-    written = {CONFIG: digest_text(folded_config)}
-    files = {CONFIG: SourceFile(CONFIG, len(config), blake3=digest_text(config))}
-    if index is not None and checkpoint.index_name is not None:
-        name = checkpoint.index_name
-        files[name] = SourceFile(name, len(index), blake3=digest_text(index))
-        if folded_index is not None:
-            written[name] = digest_text(folded_index)
+def _files(checkpoint: Checkpoint, weights: list[WeightPlan]) -> dict[str, SourceFile]:
+    """The manifest's entries for weights and other files, without digests."""
+    files = {}
     for item in weights:
         header = item.file.header.raw.decode() if item.layout else None
         name, size = item.file.name, item.file.state.size
         files[name] = SourceFile(name, size, cached_sha256(item.file.path), header=header)
     for name, state in checkpoint.others.items():
         files[name] = SourceFile(name, state.size, cached_sha256(checkpoint.root / name))
-    return Manifest(
-        origin=checkpoint.origin,
-        model_type=classification.model_type,
-        tensor_lock=tensor_lock,
-        config=config.decode(),
-        index=None if index is None else index.decode(),
-        index_name=checkpoint.index_name,
-        files=files,
-        directories=checkpoint.directories,
-        tensors=tensors,
-        made_by=CONVERTED,
-        written=written,
-    )
+    return files
 
 
 def _warnings(

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma_fold.checkpoint.progress import Progress
+from gemma_fold.rules.model import shorten
 from gemma_fold.text import human_size, table
 
 if TYPE_CHECKING:
     from gemma_fold.commands.convert import ConversionReport
     from gemma_fold.commands.inspect import Group, Inspection
     from gemma_fold.commands.verify import VerifyReport
+    from gemma_fold.rules import Fold
+    from gemma_fold.rules.export import Export, ExportedFamily, ExportedNorm
 
 _NORM_NAMES = {
     "rms_norm": "RMSNorm",
@@ -61,13 +64,15 @@ def _group_row(group: Group) -> list[str]:
 
 def _meaning(group: Group) -> str:
     if group.fold is not None:
-        norm = _NORM_NAMES[group.fold.norm]
-        offset = f"{group.fold.offset:.6g}"
-        added = "" if group.fold.add_dtype == "float32" else f", added in {group.fold.add_dtype}"
-        return f"zero-centred: {norm} gain {offset} + w{added}"
+        return f"zero-centred: {_gain(group.fold)}"
     if group.kind is None:
         return f"UNCLASSIFIED: {group.note}"
     return group.kind.value + (f": {group.note}" if group.note else "")
+
+
+def _gain(fold: Fold) -> str:
+    added = "" if fold.add_dtype == "float32" else f", added in {fold.add_dtype}"
+    return f"{_NORM_NAMES[fold.norm]} gain {fold.offset:.6g} + w{added}"
 
 
 def _changes(group: Group) -> str:
@@ -118,8 +123,60 @@ def verification(report: VerifyReport) -> str:
     return "\n".join(lines)
 
 
+def rules(found: Export, model_type: str | None) -> str:
+    """What `rules` prints: of the whole table a line for each family, of one all it says."""
+    if model_type is not None:
+        shown = [_family(family, model_type) for family in found.families]
+        if found.wrappers:
+            shown.append("a model inside is decided by its own model_type, in config.json")
+        return "\n\n".join(shown)
+    rows = [_family_row(family) for family in found.families if family.kind != "plain"]
+    plain = {name for f in found.families if f.kind == "plain" for name in f.model_types}
+    return (
+        f"{table(['MODEL TYPES', 'NORMS', 'ZERO-CENTRED IF', 'EVIDENCE'], rows)}\n\n"
+        f"{len(plain)} more model types store plain gamma in every norm of their own; "
+        "gemma-fold rules MODEL_TYPE says which code was read or run"
+    )
+
+
+def _family_row(family: ExportedFamily) -> list[str]:
+    return [
+        shorten((*family.model_types, *family.architectures)),
+        family.kind,
+        family.condition,
+        _evidence(family),
+    ]
+
+
+def _family(family: ExportedFamily, asked: str) -> str:
+    said = "plain: no norm of its own adds to its weight" if family.kind == "plain" else family.kind
+    lines = [f"{asked}: {family.reason or said}", f"rule: {_evidence(family)}"]
+    if family.condition:
+        lines.append(f"zero-centred if {family.condition}")
+    if family.roots:
+        lines.append("below " + ", ".join(root or "the top" for root in family.roots))
+    if family.norms:
+        rows = [[norm.pattern, _rule(norm, family)] for norm in family.norms]
+        lines += ["", table(["TENSORS", "MEANING"], rows)]
+    for part in family.parts:
+        whose = part.model_type or f"its own model_type, or {part.default}"
+        lines.append(f"{part.key}: a model inside, with the rules of {whose}")
+    return "\n".join(lines)
+
+
+def _evidence(family: ExportedFamily) -> str:
+    return f"{family.evidence.how}, {family.evidence.source}"
+
+
+def _rule(norm: ExportedNorm, family: ExportedFamily) -> str:
+    meaning = _gain(norm.fold) if norm.fold else norm.kind
+    own = norm.condition and norm.condition != family.condition
+    condition = f" if {norm.condition}" if own else ""
+    return meaning + condition + (f": {norm.note}" if norm.note else "")
+
+
 class ProgressBar(Progress):
-    """A bar with bytes and the current file on stderr; nothing where stderr is no terminal."""
+    """A bar with bytes and the current file on stderr; nothing if stderr is not a terminal."""
 
     def __init__(self, label: str) -> None:
         self._label = label

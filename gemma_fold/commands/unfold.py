@@ -196,7 +196,7 @@ class _Proof:
             os.close(descriptor)
 
     def finish(self) -> None:
-        """CheckpointError where a byte is not the source's."""
+        """CheckpointError if a byte is not the source's."""
         for name, expected, pending in self._pending:
             found = pending.result()
             wrong = [part for part in found if found[part] != expected[part]]
@@ -204,7 +204,7 @@ class _Proof:
                 what = f"tensor {wrong[0]} of {name}" if wrong[0] else name
                 raise CheckpointError(
                     f"{what} is not what the source had: the folded checkpoint was changed or is "
-                    "damaged; `gemma-fold verify` says where. Fold the original again"
+                    "damaged; `gemma-fold verify` finds where. Fold the original again"
                 )
 
 

@@ -1,4 +1,4 @@
-"""`verify`: prove that a folded checkpoint is what the format, the rules and its source say."""
+"""`verify`: prove that a folded checkpoint agrees with the format, the rules and its source."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CHUNK = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """The outcome of `verify`; `problems` is empty where everything holds.
+    """The outcome of `verify`; `problems` is empty if everything holds.
 
     Attributes:
         tensors: folded tensors whose gamma was recomputed from the restored original bits.
@@ -68,9 +68,15 @@ def verify(
 
     A gamma is right when the manifest's arithmetic turns it back into the bits the source had
     (by their digest) and folding those bits gives the gamma again. All else is compared with the
-    digests taken at conversion, or with the source itself where `against` names it.
+    digests taken at conversion, or with the source itself.
 
-    Raises CheckpointError if `folded` is not a folded checkpoint at all, or `against` is damaged.
+    Args:
+        folded: the folded checkpoint's folder.
+        against: the source, a folder or a Hub id.
+        progress: receives events.
+
+    Raises:
+        CheckpointError: `folded` is not a folded checkpoint at all, or `against` is damaged.
     """
     root = Path(folded)
     read_manifest(root)
@@ -127,9 +133,9 @@ def _check_rules(manifest: Manifest) -> Iterator[str]:
         yield f"{name}: zero-centred by the rules but not folded"
     for name, tensor in manifest.tensors.items():
         if name not in rules:
-            yield f"{name}: folded, but no rule of this version says it is zero-centred"
+            yield f"{name}: folded, but not zero-centred by the rules of this version"
         elif rules[name].fold != tensor.fold:
-            yield f"{name}: folded as {tensor.fold}, but the rule says {rules[name].fold}"
+            yield f"{name}: folded as {tensor.fold}, but the rule is {rules[name].fold}"
 
 
 def _check_index(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:

@@ -38,7 +38,7 @@ class DiffOptions:
 
     Attributes:
         structure_only: read headers and configs and nothing else.
-        outputs: run both sides; None means where that is possible.
+        outputs: run both sides; None means if that is possible.
         engines: what runs A and B: `transformers`, `vllm`, `sglang`, or the address of a server.
             Empty means transformers for both, one means the same for both.
         text: a file to read instead of the bundled text.
@@ -46,7 +46,7 @@ class DiffOptions:
         prompts: greedy continuations, at most four.
         new_tokens: of each continuation.
         dtype: `auto` (A's own), `float32`, `bfloat16` or `float16`, for both sides.
-        device: `auto` (CUDA where there is one) or a torch device.
+        device: `auto` (CUDA if there is one) or a torch device.
         noise_floor: run A twice, to know what its own noise is.
         save_logits: keep A's logits in this file.
         logits: read A's logits from this file instead of running A.
@@ -76,10 +76,10 @@ def diff(
     """Compare A, the reference, with B; each a folder, a Hub id, or the address of a server.
 
     Raises:
-        CheckpointError: a side is damaged, or no checkpoint.
+        CheckpointError: a side is damaged, or not a checkpoint.
         UsageError: options that make no sense, or sides with nothing in common to compare.
         UnsupportedModelError: outputs were asked for, but transformers cannot run a side.
-        HostError: memory, disk, a missing package, a server that is down or says too
+        HostError: memory, disk, a missing package, a server that is down or returns too
             little.
     """
     options, progress = options or DiffOptions(), progress or Progress()
@@ -106,7 +106,7 @@ def diff(
     if missing:
         notes.append(f"outputs were not compared: that needs {missing}")
         wanted = False
-    # Before the weights are read, which may take long, so that bad options are told at once.
+    # Before the weights are read, which may take long, so that bad options are refused at once.
     job = attempt(lambda: _plan_outputs(sides, engines, options)) if wanted else None
     structure = weights = outputs = None
     if sides[0] and sides[1]:
@@ -129,7 +129,7 @@ def diff(
 
 
 def _asks_for_outputs(options: DiffOptions) -> bool:
-    """Whether they are wanted, rather than welcome: an option about them says so, too."""
+    """Whether they are wanted, rather than welcome: an option about them implies it, too."""
     given = (options.outputs, options.engines, options.text, options.save_logits, options.logits)
     return any(given) or (options.dtype, options.device) != ("auto", "auto")
 
@@ -171,7 +171,7 @@ def _check(options: DiffOptions, a: str, b: str, engines: tuple[str, str]) -> No
     if served and options.device != "auto":
         raise UsageError(
             "--device is for transformers; "
-            f"CUDA_VISIBLE_DEVICES tells {' and '.join(sorted(served))} the GPUs"
+            f"CUDA_VISIBLE_DEVICES chooses the GPUs of {' and '.join(sorted(served))}"
         )
     if options.save_logits and options.logits:
         raise UsageError("give --save-logits or --logits, not both")
@@ -186,7 +186,7 @@ def _check(options: DiffOptions, a: str, b: str, engines: tuple[str, str]) -> No
 def check_writable(path: Path, option: str, is_ours: Callable[[Path], bool]) -> None:
     """UsageError unless `path` can be written without the loss of a file that is not `is_ours`."""
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"{option} {path}: there is no folder {path.parent}; make it first")
+        raise UsageError(f"{option} {path}: {path.parent} does not exist; make it first")
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; give a file name")
     if path.is_file() and not is_ours(path):

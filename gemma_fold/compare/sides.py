@@ -23,13 +23,13 @@ class Side:
     Attributes:
         name: folder or Hub id as given.
         commit: of a Hub source.
-        root: its folder; None where only headers were fetched.
+        root: its folder; None if only headers were fetched.
         folded: whether its norms hold gamma, by its own config or manifest. Values never decide.
         config: the model's config; of a folded checkpoint, the original inside it.
         headers: by weight file.
         files: size of every other file, by relative path.
         folds: the arithmetic of every zero-centred norm, by tensor name.
-        note: why `folds` is empty, where it is.
+        note: why `folds` is empty, if it is.
     """
 
     name: str
@@ -50,7 +50,11 @@ class Side:
 
 
 def open_side(source: Source) -> Side:
-    """Open a folder, or download a Hub id and open its snapshot. Raises CheckpointError."""
+    """Open a folder, or download a Hub id and open its snapshot.
+
+    Raises:
+        CheckpointError: it is damaged, or not a checkpoint.
+    """
     checkpoint = open_source(source)
     return _side(
         os.fspath(source),

@@ -1,4 +1,4 @@
-"""What headers and configs alone say; no tensor data is read, so size does not matter."""
+"""Differences in headers and configs; no tensor data is read, so size does not matter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ _BOOKKEEPING = frozenset({"transformers_version", "_name_or_path", "_commit_hash
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One thing that is different: its name, and what it is on either side."""
+    """One thing that is different.
+
+    Attributes:
+        name: of a tensor, a config key or a file.
+        a: what it is on side A.
+        b: what it is on side B.
+    """
 
     name: str
     a: str
@@ -37,7 +43,7 @@ class Structure:
         config: config keys with different values.
         config_notes: the same for keys that do not change the model.
         files: other files that only one side has, or that differ in size.
-        vocabulary: rows of the token embedding on either side, where the configs say.
+        vocabulary: rows of the token embedding on either side, if the configs have it.
     """
 
     tensors: int

@@ -7,11 +7,12 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gemma_fold.checkpoint.locate import fetch
+from gemma_fold.engines.checks import plugin_problem
 from gemma_fold.errors import GemmaFoldError, HostError, UsageError
 from gemma_fold.format.reader import open_folded
 
@@ -28,17 +29,20 @@ def serve(
 ) -> None:
     """Check a folded checkpoint, then serve it over an OpenAI-compatible API until interrupted.
 
-    `checkpoint` is a folder or a Hub id (`org/name[@revision]`), which is downloaded. `engine` is
-    one of ENGINES; "auto" is the first of them that is installed. `engine_args` go to the engine's
-    server as they are.
+    Args:
+        checkpoint: a folder or a Hub id (`org/name[@revision]`), which is downloaded.
+        engine: one of ENGINES; "auto" is the first of them that is installed.
+        host: the address to listen on.
+        port: the port to listen on.
+        engine_args: go to the engine's server as they are.
 
     Raises:
-        UsageError: an engine or argument there is not.
+        UsageError: an unknown engine or argument.
         CheckpointError: not a folded checkpoint, of a later format, or damaged.
         HostError: the engine is not installed, or the port is taken.
     """
     if engine not in ENGINES:
-        raise UsageError(f"there is no engine {engine}; choose from {', '.join(ENGINES)}")
+        raise UsageError(f"unknown engine {engine}: expected one of {', '.join(ENGINES)}")
     engine = _installed() if engine == "auto" else engine
     folder = fetch(checkpoint)[0]
     open_folded(folder)
@@ -47,12 +51,12 @@ def serve(
 
 
 def _installed() -> str:
-    """The first engine that is installed; transformers, which says what to do, where none is."""
+    """The first engine that is installed; if none is, transformers, whose error has advice."""
     return next((name for name in _SERVERS if importlib.util.find_spec(name)), "transformers")
 
 
 def _check_port(host: str, port: int) -> None:
-    """HostError where nothing can listen there, before a large model is loaded."""
+    """Check that the address is free before a large model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -67,10 +71,45 @@ def _check_port(host: str, port: int) -> None:
         ) from error
 
 
-def _serve_vllm(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
-    from gemma_fold.engines.vllm.server import serve
+def check_plugin(engine: str) -> None:
+    """Check that vLLM or SGLang is installed, and will load this package's plug-in.
 
-    serve(folder, host, port, arguments)
+    Raises:
+        HostError: it is not, or will not.
+    """
+    if importlib.util.find_spec(engine) is None:
+        name = {"vllm": "vLLM", "sglang": "SGLang"}[engine]
+        raise HostError(
+            f"{name} is not installed; install it beside gemma-fold with: pip install {engine}"
+        )
+    if problem := plugin_problem(engine):
+        raise HostError(problem)
+
+
+@contextmanager
+def _command_line(*arguments: str) -> Iterator[None]:
+    """Run a server that reads sys.argv, until it is interrupted."""
+    before, sys.argv = sys.argv, list(arguments)
+    try:
+        yield
+    except KeyboardInterrupt:
+        return  # how a server is stopped
+    finally:
+        sys.argv = before
+
+
+def _serve_vllm(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
+    check_plugin("vllm")
+    from vllm.entrypoints.cli.main import main
+
+    address = ("--host", host, "--port", str(port))
+    with _command_line("vllm", "serve", str(folder), *address, *arguments):
+        try:
+            main()
+        except SystemExit as error:
+            if error.code == 2:  # what argparse gives, after it printed why
+                raise UsageError(f"vLLM does not take {' '.join(arguments)}; see above") from error
+            raise
 
 
 def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
@@ -87,7 +126,7 @@ def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[
     from gemma_fold.engines.transformers import install
 
     install()
-    # That server looks for models there, and fails requests where there is no such folder.
+    # That server looks for models there, and fails requests if there is no such folder.
     with suppress(OSError):
         Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     # Its whole command line would import commands with dependencies that serving does not have.
@@ -108,26 +147,12 @@ def _serve_transformers(folder: Path, host: str, port: int, arguments: Sequence[
         raise UsageError(f"transformers serve: {message()}") from error
 
 
-def check_sglang() -> None:
-    """HostError unless SGLang is installed; UsageError where it will not load the plug-in."""
-    if importlib.util.find_spec("sglang") is None:
-        raise HostError("SGLang is not installed; install it beside gemma-fold, in one environment")
-    plugins = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]
-    if any(plugins) and "gemma_fold" not in plugins:
-        raise UsageError("SGLANG_PLUGINS leaves out gemma_fold; add it, or unset that variable")
-
-
 def _serve_sglang(folder: Path, host: str, port: int, arguments: Sequence[str]) -> None:
-    check_sglang()
+    check_plugin("sglang")
     command = ["--model-path", str(folder), "--host", host, "--port", str(port), *arguments]
-    before, sys.argv = sys.argv, ["sglang.launch_server", *command]
-    try:
+    with _command_line("sglang.launch_server", *command):
         # As the main module: the processes that it starts import it again.
         runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
-    except KeyboardInterrupt:
-        return  # how a server is stopped
-    finally:
-        sys.argv = before
 
 
 #: By engine, in the order in which "auto" looks for them.

@@ -77,7 +77,7 @@ def fold(raw: bytes, dtype: str, rule: Fold) -> Float32:
 class Exceptions:
     """Stored bits that `cast(gamma - offset)` does not give back, such as a tiny w or -0.0.
 
-    `index` is None where most elements are exceptions: then `bits` holds the whole tensor.
+    `index` is None if most elements are exceptions: then `bits` holds the whole tensor.
     """
 
     count: int
@@ -129,7 +129,8 @@ def find_exceptions(raw: bytes, dtype: str, gamma: Float32, rule: Fold) -> Excep
 def unfold(gamma: Float32, dtype: str, rule: Fold, exceptions: Exceptions | None = None) -> bytes:
     """The stored bytes of w for `gamma`: `cast(gamma - offset)` with the exceptions put back.
 
-    Raises CheckpointError where the exceptions do not fit the tensor.
+    Raises:
+        CheckpointError: the exceptions do not fit the tensor.
     """
     restored = _subtract(gamma, dtype, rule)
     if exceptions is None:

@@ -19,7 +19,7 @@ from gemma_fold._version import __version__
 from gemma_fold.checkpoint.digest import digest_text
 from gemma_fold.checkpoint.fields import Fields, parse_json_object
 from gemma_fold.checkpoint.names import check_name, shown
-from gemma_fold.checkpoint.source import CONFIG, Origin, check_config, read_small
+from gemma_fold.checkpoint.source import CONFIG, Checkpoint, Origin, check_config, read_small
 from gemma_fold.errors import CheckpointError
 from gemma_fold.format.arithmetic import FOLDABLE_DTYPES, Exceptions
 from gemma_fold.format.consistency import check_consistent
@@ -127,18 +127,8 @@ class SourceFile:
     tensors: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        value: dict[str, Any] = {"size": self.size}
-        if self.sha256 is not None:
-            value["sha256"] = self.sha256
-        if self.blake3 is not None:
-            value["blake3"] = self.blake3
-        if self.header is not None:
-            value["header"] = self.header
-        if self.folded_header is not None:
-            value["folded_header"] = self.folded_header
-        if self.tensors is not None:
-            value["tensors"] = dict(self.tensors)
-        return value
+        value = {key: getattr(self, key) for key in self.__slots__ if key != "name"}
+        return {key: found for key, found in value.items() if found is not None}
 
     @classmethod
     def from_json(cls, name: str, value: Fields) -> SourceFile:
@@ -171,7 +161,7 @@ class Manifest:
         made_by: what wrote the folder: `CONVERTED` can be made again from its source.
         written: BLAKE3 of the texts that were made anew, config.json and the weight index, by name.
         version: of the gemma-fold that wrote it.
-        intact: whether the text is what was written, by its own digest; None where it has none.
+        intact: whether the text is what was written, by its own digest; None if it has none.
     """
 
     origin: Origin
@@ -236,6 +226,39 @@ class Manifest:
         yield from _block("tensors", self.tensors)
 
 
+def manifest_of(
+    checkpoint: Checkpoint,
+    texts: tuple[bytes, bytes | None],
+    written: tuple[bytes, bytes | None],
+    files: Mapping[str, SourceFile],
+    **fields: Any,
+) -> Manifest:
+    """The manifest of a folded checkpoint that is made of `checkpoint`.
+
+    Args:
+        checkpoint: its source, or what was saved in its place.
+        texts: config.json and weight index of the source.
+        written: those of the folded checkpoint.
+        files: every other file of the source.
+        **fields: the rest of :class:`Manifest`.
+    """
+    names = (CONFIG, checkpoint.index_name)
+    before, after = (
+        {name: raw for name, raw in zip(names, pair, strict=True) if name and raw is not None}
+        for pair in (texts, written)
+    )
+    known = {n: SourceFile(n, len(raw), blake3=digest_text(raw)) for n, raw in before.items()}
+    return Manifest(
+        config=texts[0].decode(),
+        index=None if texts[1] is None else texts[1].decode(),
+        index_name=checkpoint.index_name,
+        files={**known, **files},
+        directories=checkpoint.directories,
+        written={name: digest_text(raw) for name, raw in after.items()},
+        **fields,
+    )
+
+
 def _is_intact(raw: bytes) -> bool | None:
     """Whether a manifest's own digest, its last line, is that of the bytes before it."""
     body = raw[: -len(_OWN_DIGEST % (b"0" * 64))]
@@ -261,8 +284,8 @@ def _block(key: str, entries: Mapping[str, FoldedTensor | SourceFile]) -> Iterat
 def read_manifest(folder: Path) -> Manifest:
     """Read `gemma_fold.json` of a folded checkpoint.
 
-    Raises CheckpointError where there is none, where a later format was written, or where it is
-    damaged.
+    Raises:
+        CheckpointError: there is none, it has a later format, or it is damaged.
     """
     path = folder / MANIFEST
     if not os.path.lexists(path):
@@ -276,7 +299,8 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(raw: bytes, where: Path | str) -> Manifest:
     """Parse the bytes of a `gemma_fold.json`; every value has its type, and they fit together.
 
-    Raises CheckpointError that names the first field that is wrong.
+    Raises:
+        CheckpointError: a field is wrong; the message names the first.
     """
     document = parse_json_object(raw, where)
     check_format(document.get("format"), where)

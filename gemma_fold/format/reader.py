@@ -23,7 +23,7 @@ from gemma_fold.format.names import MANIFEST
 
 
 def open_folded(folder: Path) -> tuple[Checkpoint, Manifest]:
-    """Open a folded checkpoint and its manifest; CheckpointError where they disagree."""
+    """Open a folded checkpoint and its manifest; CheckpointError if they disagree."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist; give a folded checkpoint's folder")
     manifest = read_manifest(folder)
@@ -59,7 +59,8 @@ def check_gammas(manifest: Manifest, headers: Mapping[str, Header], folder: Path
 def restore(tensor: FoldedTensor, gamma: bytes) -> bytes:
     """The original bytes of a folded tensor.
 
-    Raises CheckpointError where `gamma` is no longer the one that was folded from them.
+    Raises:
+        CheckpointError: `gamma` is no longer the one that was folded from them.
     """
     raw = unfold_tensor(decode(gamma, "F32"), tensor.dtype, tensor.fold, tensor.exceptions)
     if digest_text(raw) != tensor.blake3:
@@ -87,7 +88,8 @@ def folded_in(header: Header, manifest: Manifest) -> list[FoldedTensor]:
 def untouched_runs(folded: Header, original: Header, manifest: Manifest) -> tuple[Run, ...]:
     """Byte runs of the folded file that are the source's own, by offset in both.
 
-    Raises CheckpointError where the two headers do not describe the same tensors.
+    Raises:
+        CheckpointError: the two headers do not describe the same tensors.
     """
     if set(folded.tensors) != set(original.tensors):
         raise CheckpointError(

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from gemma_fold.rules.row import Config, Family, Norm, lookup
+from gemma_fold.rules.row import Config, Family, Norm, value_at
 from gemma_fold.rules.tree import Refused, templates
 
-#: An index inside a tensor name: a number between dots.
-INDEX = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
+#: An index inside a tensor name: a number between dots, written as engines write it.
+INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
 _MOST_LAYERS = 10_000  # real models have hundreds
 
 
@@ -53,7 +53,7 @@ class Layers:
         return found
 
     def _count(self, path: str) -> int:
-        if lookup(self.config, path) is not None:
+        if value_at(self.config, path) is not None:
             return self._number(path)
         # Configs may leave out what equals their class's default; the tensors are all there is.
         if path not in self.counted:
@@ -61,7 +61,7 @@ class Layers:
         return self.counted[path]
 
     def _number(self, path: str) -> int:
-        value = lookup(self.config, path)
+        value = value_at(self.config, path)
         if value is None:
             return 0
         if not isinstance(value, int) or not 0 <= value <= _MOST_LAYERS:
@@ -78,4 +78,10 @@ class Layers:
             for name in self.names.get(template, ())
             if (index := INDEX.search(name))
         ]
-        return max(found, default=0) + 1
+        last = max(found, default=0)
+        if last >= _MOST_LAYERS:
+            raise Refused(
+                f"config.json has no {path}, and its tensors go up to layer {last}, which no "
+                "model has; get the original config.json"
+            )
+        return last + 1

@@ -1,7 +1,7 @@
 """`classify`: match every tensor of a checkpoint against the table.
 
 Each model of the tree picks the one root that its tensors are under. From there on every name is
-an exact string, up to the indices: a dict lookup, so 100,000 tensors take no time.
+an exact string, up to the indices: a dict value_at, so 100,000 tensors take no time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from gemma_fold.format.names import MODEL_TYPE
 from gemma_fold.rules.layers import INDEX, Layers
 from gemma_fold.rules.model import Classification, Kind, TensorRule, Verdict, shorten
-from gemma_fold.rules.row import Family, Norm, expand, lookup
+from gemma_fold.rules.row import Family, Norm, expand, value_at
 from gemma_fold.rules.tree import Node, Refused, build_tree, choose_layout, identify, templates
 
 _NORM_LIKE = re.compile(r"norm|(?<![^._])ln(?=[._\d])|gamma", re.IGNORECASE)
@@ -75,7 +75,7 @@ def _undecided(
         for rule in (TensorRule(Kind.OTHER, model_type, template),)
         for name in members
     }
-    return Classification(model_type, verdict, reason, rules)
+    return Classification(model_type, verdict, reason, rules, decided=False)
 
 
 # --- one model of the tree -----------------------------------------------------------------------
@@ -88,7 +88,10 @@ def _match(
     found: _Found,
 ) -> None:
     if node.plain:
-        rule = TensorRule(Kind.PLAIN, node.model_type, "", None, node.layouts[0].evidence)
+        row = node.layouts[0]
+        rule = TensorRule(
+            Kind.PLAIN, node.model_type, "", None, row.evidence, condition=row.condition()
+        )
         for base in node.bases:
             found.areas.setdefault(base, rule)
         return
@@ -125,7 +128,11 @@ def _refuse_converted(
 def _match_norm(
     norm: Norm, node: Node, row: Family, root: str, layers: Layers, found: _Found
 ) -> None:
-    kind = _kind(norm, node)
+    required = not norm.optional
+    if norm.unless_false and value_at(node.config, norm.unless_false) is False:
+        required = False
+    full = templates(norm, root)
+    kind = _kind(norm, node, required or any(template in layers.names for template in full))
     rule = TensorRule(
         kind=kind,
         family=node.model_type,
@@ -133,11 +140,9 @@ def _match_norm(
         fold=(norm.fold or row.fold) if kind is Kind.ZERO_CENTRED else None,
         evidence=norm.evidence or row.evidence,
         note=norm.note,
+        condition=row.condition(norm),
     )
-    required = not norm.optional
-    if norm.unless_false and lookup(node.config, norm.unless_false) is False:
-        required = False
-    for template in templates(norm, root):
+    for template in full:
         if template not in found.rules:
             found.rules[template] = rule
             found.limits[template] = layers.limit(norm)
@@ -147,16 +152,12 @@ def _match_norm(
         found.notes[f"{root}{norm.names}: {norm.note}"] = None
 
 
-def _kind(norm: Norm, node: Node) -> Kind:
+def _kind(norm: Norm, node: Node, called_for: bool) -> Kind:
     if norm.switch is None:
         return norm.kind
     answer = norm.switch.is_zero_centred(node.config)
-    if answer is None:
-        value = lookup(node.config, norm.switch.key)
-        raise Refused(
-            f"{node.model_type} with {norm.switch.key}={value!r} is unknown, so nothing says "
-            f"whether {norm.names} is zero-centred; add the value to its row"
-        )
+    if answer is None and called_for:  # what a model does not have decides nothing
+        raise Refused(norm.switch.refused(node.config, node.model_type, f"{norm.names} is"))
     return norm.kind if answer else Kind.PLAIN
 
 

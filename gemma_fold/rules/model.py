@@ -63,6 +63,7 @@ class TensorRule:
 
     family: the `model_type` whose row decided. pattern: the full name with {i} for each index.
     fold: set for ZERO_CENTRED only. evidence: None for OTHER only. note: why, where it matters.
+    condition: what the config has to say for zero-centred, where the answer depends on it.
     """
 
     kind: Kind
@@ -71,6 +72,7 @@ class TensorRule:
     fold: Fold | None = None
     evidence: Evidence | None = None
     note: str = ""
+    condition: str = ""
 
 
 class Verdict(Enum):
@@ -88,6 +90,8 @@ class Classification:
 
     rules: one rule for every tensor given. missing: norms the config calls for that are not there.
     unclassified: tensors that look like norms and that no rule names. notes: remarks for people.
+    decided: False where the model as a whole is refused or folded already, so that `rules` say
+    nothing.
     """
 
     model_type: str
@@ -97,6 +101,7 @@ class Classification:
     missing: tuple[str, ...] = ()
     unclassified: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    decided: bool = True
 
     def zero_centred(self) -> dict[str, TensorRule]:
         """The tensors to fold, in the order they were given."""

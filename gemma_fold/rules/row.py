@@ -38,7 +38,7 @@ def expand(pattern: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def lookup(config: Config, path: str) -> Any:
+def value_at(config: Config, path: str) -> Any:
     """The value at a dotted path, or None."""
     value: Any = config
     for key in path.split("."):
@@ -47,41 +47,69 @@ def lookup(config: Config, path: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class Test:
+    """What a config value must be for zero-centred norms.
+
+    words: as a sentence goes on after the name of the value. ask: True for zero-centred, False for
+    plain, None for a value that is refused.
+    """
+
+    words: str
+    ask: Callable[[Any], bool | None]
+
+
+@dataclass(frozen=True, slots=True)
 class Switch:
     """A config value that decides between zero-centred and plain.
 
-    key: dotted path into the family's config. test: True for zero-centred, False for plain, None
-    for a value nobody here has seen, which is refused. absent: the answer without the key.
+    key: dotted path into the family's config. absent: the answer without the key. refusal: why a
+    value is refused, where it is not simply one that nobody here has seen.
     """
 
     key: str
-    test: Callable[[Any], bool | None]
+    test: Test
     absent: bool
+    refusal: str = ""
 
     def is_zero_centred(self, config: Config) -> bool | None:
-        """True, False, or None where the config says something unknown."""
-        value = lookup(config, self.key)
-        return self.absent if value is None else self.test(value)
+        """True, False, or None where the config says something that is refused."""
+        value = value_at(config, self.key)
+        return self.absent if value is None else self.test.ask(value)
+
+    def condition(self) -> str:
+        """When norms are zero-centred, in words."""
+        return f"{self.key} {self.test.words}{' (or absent)' if self.absent else ''}"
+
+    def refused(self, config: Config, model_type: str, norms: str) -> str:
+        """The reason to give where `is_zero_centred` says None of these norms."""
+        said = f"{model_type} with {self.key}={value_at(config, self.key)!r}"
+        if self.refusal:
+            return f"{said} cannot be folded: {self.refusal}"
+        return (
+            f"{said} is unknown, so nothing says whether {norms} zero-centred; "
+            "add the value to its row"
+        )
 
 
-def is_true(value: Any) -> bool | None:
-    """Switch test: a plain boolean."""
-    return value if isinstance(value, bool) else None
+is_true = Test("is true", lambda value: value if isinstance(value, bool) else None)
+is_positive = Test(
+    "is above 0", lambda value: value > 0 if isinstance(value, int) and value >= 0 else None
+)
 
 
-def is_positive(value: Any) -> bool | None:
-    """Switch test: a count, on where there is any."""
-    return value > 0 if isinstance(value, int) and value >= 0 else None
+def one_of(**answers: bool) -> Test:
+    """A name, with the answer for each one known."""
+    on = [name for name, answer in answers.items() if answer]
+    words = f"is {' or '.join(on)}" if on else f"is not {' or '.join(answers)}"
+    return Test(words, lambda value: answers.get(value) if isinstance(value, str) else None)
 
 
-def one_of(**answers: bool) -> Callable[[Any], bool | None]:
-    """Switch test: a name, with the answer for each one known."""
-    return lambda value: answers.get(value) if isinstance(value, str) else None
-
-
-def mentions(word: str) -> Callable[[Any], bool | None]:
-    """Switch test: a name, on where `word` is in it."""
-    return lambda value: word in value.lower() if isinstance(value, str) else None
+def mentions(word: str) -> Test:
+    """A name, on where `word` is in it."""
+    return Test(
+        f"contains {word}",
+        lambda value: word in value.lower() if isinstance(value, str) else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +141,14 @@ class Norm:
 class Plain:
     """Norm-like tensors of a family that are not zero-centred, and why that is worth saying.
 
-    names: as in `Norm`; or a prefix and `**`, for all norms of a part that no rule here is about.
+    names, absolute: as in `Norm`. names may be a prefix and `**`, for all norms of a part that no
+    rule here is about.
     """
 
     names: str
     why: str
     kind: Kind = Kind.PLAIN
+    absolute: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,3 +211,8 @@ class Family:
     architectures: tuple[str, ...] = ()
     all_plain: bool = False
     refuse: str = ""
+
+    def condition(self, norm: Norm | None = None) -> str:
+        """What the config has to say for these norms to be zero-centred; "" if it has no say."""
+        own = [norm.switch] if norm and norm.switch else []
+        return " and ".join(switch.condition() for switch in (*self.switches, *own))

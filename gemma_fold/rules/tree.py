@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from gemma_fold.rules.row import Config, Family, Norm, Plain, expand, lookup
+from gemma_fold.rules.row import Config, Family, Norm, Plain, expand, value_at
 from gemma_fold.rules.table import BY_ARCHITECTURE, BY_MODEL_TYPE
 
 # A config that goes beyond these is broken; real ones nest three models.
@@ -84,15 +84,20 @@ def choose_layout(node: Node, names: Mapping[str, list[str]]) -> tuple[Family, s
 
     def hits(candidate: tuple[Family, str]) -> int:
         row, root = candidate
-        lines: list[Norm | Plain] = [*(line for line in row.norms if not line.absolute), *row.plain]
-        return sum(template in names for line in lines for template in templates(line, root))
+        lines: list[Norm | Plain] = [*row.norms, *row.plain]
+        return sum(
+            template in names
+            for line in lines
+            if not line.absolute
+            for template in templates(line, root)
+        )
 
     return max(candidates, key=hits)
 
 
 def templates(line: Norm | Plain, root: str) -> tuple[str, ...]:
     """The full names of a line of a row, `{i}` for each index."""
-    if isinstance(line, Norm) and line.absolute:
+    if line.absolute:
         return expand(line.names)
     return tuple(root + name for name in expand(line.names))
 
@@ -118,7 +123,7 @@ def _rows(config: Config, model_type: str, where: str) -> tuple[Family, ...]:
 def _parts(row: Family, config: Config) -> Iterator[tuple[str, Config, str, tuple[str, ...]]]:
     """(key, sub-config, its model_type, prefixes) of each model inside."""
     for part in row.parts:
-        sub = lookup(config, part.key)
+        sub = value_at(config, part.key)
         sub = sub if isinstance(sub, Mapping) else {}
         yield part.key, sub, part.row(sub), part.prefixes
     if row.all_plain:
@@ -140,12 +145,9 @@ def _usual_prefixes(key: str) -> tuple[str, ...]:
 def _why_plain(row: Family, model_type: str, config: Config) -> str:
     for switch in row.switches:
         answer = switch.is_zero_centred(config)
-        value = lookup(config, switch.key)
+        value = value_at(config, switch.key)
         if answer is None:
-            raise Refused(
-                f"{model_type} with {switch.key}={value!r} is unknown, so nothing says whether "
-                "its norms are zero-centred; add the value to its row"
-            )
+            raise Refused(switch.refused(config, model_type, "its norms are"))
         if not answer:
             said = f"has no {switch.key}" if value is None else f"says {switch.key}={value!r}"
             return f"config.json {said}"

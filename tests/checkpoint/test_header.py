@@ -288,7 +288,7 @@ def test_the_data_is_neither_read_nor_mapped(tmp_path: Path) -> None:
 
 def test_header_length_of_remote_bytes() -> None:
     assert header_length(struct.pack("<Q", 2), 10, "x") == 2
-    with pytest.raises(CheckpointError, match="x: says its header has 3 bytes"):
+    with pytest.raises(CheckpointError, match="x: its header would have 3 bytes"):
         header_length(struct.pack("<Q", 3), 10, "x")
 
 

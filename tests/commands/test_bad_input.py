@@ -86,7 +86,7 @@ FOLDERS: dict[str, tuple[Damage, int, str]] = {
     "no config": (remove("config.json"), 2, "no config.json.*model folder"),
     "config not JSON": (write("config.json", b"{"), 2, "config.json is not valid JSON"),
     "config not UTF-8": (write("config.json", b'{"a": "\xff"}'), 2, "config.json is not valid"),
-    "config a list": (write("config.json", b"[]"), 2, "config.json holds no JSON object"),
+    "config a list": (write("config.json", b"[]"), 2, "config.json does not hold a JSON object"),
     "unknown model type": (edit_config(model_type="gemma99"), 3, "gemma99"),
     "no model type": (edit_config(model_type=None), 3, "model_type"),
     "plain family": (edit_config(model_type="llama"), 3, "llama.*plain"),
@@ -249,7 +249,10 @@ def with_length(raw: bytes, length: int) -> bytes:
 
 HEADERS: dict[str, tuple[Damage, str]] = {
     "truncated data": (rewrite(lambda raw: raw[:-1]), "truncated"),
-    "truncated header": (rewrite(lambda raw: raw[:100]), "header has .* bytes, but the file has"),
+    "truncated header": (
+        rewrite(lambda raw: raw[:100]),
+        "header would have .* bytes, but the file has",
+    ),
     "empty file": (rewrite(lambda raw: b""), "0 bytes long"),
     "header too large": (rewrite(lambda raw: with_length(raw, 1 << 40)), "over the format's"),
     "not UTF-8": (rewrite(lambda raw: raw[:20] + b"\xff" + raw[21:]), "not UTF-8"),
@@ -278,7 +281,7 @@ def test_damaged_weight_file_is_refused(case: str, tmp_path: Path) -> None:
     assert_refused(source, tmp_path / "out", 2, f"model.safetensors.*({message})")
 
 
-# --- sources that are no folder, outputs that are in the way -------------------------------------
+# --- sources that are not folders, outputs that are in the way ------------------------------------
 
 
 def test_source_that_is_no_folder(tmp_path: Path) -> None:

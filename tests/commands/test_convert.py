@@ -243,7 +243,7 @@ def test_force_replaces_a_folded_checkpoint_and_nothing_else(source: Path, tmp_p
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="no folded checkpoint"):
+    with pytest.raises(UsageError, match="not a folded checkpoint"):
         convert(source, precious, force=True)
     assert tree(precious).keys() == {"thesis.txt"}
 

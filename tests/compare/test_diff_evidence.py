@@ -366,4 +366,4 @@ def test_a_checkpoint_that_gives_no_numbers_and_a_server(
             server.url,
             DiffOptions(outputs=True, text=text_file, prompts=1),
         )
-    assert outcome(found) == "not comparable" and "A tells" in found.verdict.line
+    assert outcome(found) == "not comparable" and "A returns" in found.verdict.line

@@ -477,7 +477,7 @@ def test_two_servers(servers: dict[str, LogprobServer], short: Path) -> None:
     assert same.verdict.line == f"same: top 10 identical at {stats.positions} positions"
     assert same.outputs is not None and same.outputs.floor is not None
     assert all(c.diverges_at is None and c.tokens == 8 for c in same.outputs.greedy)
-    assert "a server tells only the top 10" in text(same)
+    assert "a server returns only the top 10" in text(same)
     differs = compare(servers["model"].url + "/v1/", servers["rounded"].url, text=short)
     assert not differs.verdict.same and stats_of(differs).positions_differing > 0
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import gemma_fold
 import gemma_fold.engines.transformers.plugin
 from gemma_fold.commands.convert import convert
-from gemma_fold.engines.attach import code, layers, prove
-from gemma_fold.engines.attach.report import Missing, Report, announce
+from gemma_fold.engines.attach import code, prove
+from gemma_fold.engines.mode import Missing, Report, announce
 from gemma_fold.engines.transformers import layers as sandwich
 from gemma_fold.engines.transformers.norms import FoldedNorm
 from gemma_fold.errors import UnsupportedModelError, UsageError
@@ -39,7 +39,7 @@ SANDWICHES = fused_counts.IN_TRANSFORMERS | {
 
 def fused(model: nn.Module) -> int:
     return sum(
-        layers.plan(module.shape).fused
+        prove.plan(module.shape).fused
         for module in model.modules()
         if isinstance(module, sandwich.SandwichLayer)
     )
@@ -215,7 +215,7 @@ class TestTheProof:
         layer = gemma_fold.fold_model(gemma3()).model.layers[0]
         shape = layer.shape
         sandwich.split_layers(nn.ModuleList([layer]))
-        plan = layers.plan(shape)
+        plan = prove.plan(shape)
         cls = sandwich._fused_class(shape)
         assert prove.differs(layer, plan.tree, cls, sandwich._link) == ""
         real = sandwich._sandwich
@@ -225,7 +225,7 @@ class TestTheProof:
     def test_a_layer_that_fails_it_keeps_its_forward(
         self, monkeypatch: pytest.MonkeyPatch, said: Any
     ) -> None:
-        monkeypatch.setattr(layers, "_proved", {})
+        monkeypatch.setattr(prove, "_proved", {})
         monkeypatch.setattr(prove, "differs", lambda *args: "it gives other values")
         model = gemma_fold.fold_model(gemma3())
         assert fused(model) == 0
@@ -235,7 +235,7 @@ class TestTheProof:
 
     def test_nothing_of_the_program_is_disturbed(self) -> None:
         model = gemma3()
-        layers._proved.clear()
+        prove._proved.clear()
         state = torch.get_rng_state()
         with torch.device("meta"):
             gemma_fold.fold_model(model)
@@ -259,7 +259,7 @@ class TestWhatIsSaid:
 
     def test_it_reaches_stderr_without_any_setup(self) -> None:
         script = (
-            "from gemma_fold.engines.attach.report import Report, announce\n"
+            "from gemma_fold.engines.mode import Report, announce\n"
             "announce(Report('engine 1', 3, 1, 2))"
         )
         run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

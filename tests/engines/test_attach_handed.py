@@ -189,9 +189,9 @@ def test_vllms_own_classes_by_structure_alone(name: str) -> None:
     pytest.importorskip("vllm.model_executor", exc_type=ImportError)
     import vllm.model_executor.models as models
 
-    from gemma_fold.engines.vllm.known import FAMILIES
+    from gemma_fold.engines.known_code import VLLM
 
-    family = next(one for one in FAMILIES if one.module == name)
+    family = next(one for one in VLLM if one.module == name)
     module = importlib.import_module(f"{models.__name__}.{name}")
     assert model_problem(methods_of(getattr(module, family.model))) == ""
     assert layer_problem(methods_of(getattr(module, family.layer)), family.layout) == ""

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from gemma_fold.engines.transformers import layers as sandwich
-from gemma_fold.engines.transformers.models import unfold_model, zero_centred_norms
 from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.engines.transformers.weights import unfold_model, zero_centred_norms
 
 #: The layer that is tried among the fast tests; the others are slow.
 FAST = "Gemma3DecoderLayer"

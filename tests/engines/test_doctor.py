@@ -14,8 +14,7 @@ import transformers
 from commands import run_here
 
 from gemma_fold.commands.convert import convert
-from gemma_fold.engines import doctor
-from gemma_fold.engines.attach import outlook
+from gemma_fold.engines import checks, doctor
 from gemma_fold.errors import (
     CheckpointError,
     HostError,
@@ -179,11 +178,17 @@ def test_a_plugin_that_is_left_out(
     assert found.engines[1].plugin is False and not found.ok
     assert "does not find gemma-fold: install it beside, and see VLLM_PLUGINS" in doctor.text(found)
     monkeypatch.setenv("VLLM_PLUGINS", "another, gemma_fold")
+    assert doctor.diagnose().engines[1].plugin is False  # vLLM takes the names as they are
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    assert doctor.diagnose().engines[1].plugin is False  # nothing is allowed
+    monkeypatch.setenv("VLLM_PLUGINS", "another,gemma_fold")
     assert doctor.diagnose().engines[1].plugin
+    monkeypatch.setenv("SGLANG_PLUGINS", "another, gemma_fold")
+    assert doctor.diagnose().engines[2].plugin
 
 
 def test_what_cannot_be_diagnosed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         doctor.diagnose(tmp_path / "absent" / "folder" / "deep")
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         doctor.diagnose(tmp_path)
@@ -229,4 +234,4 @@ def test_versions_are_compared_as_numbers() -> None:
     engine = doctor.Engine("vllm", "0.33.1+cpu", ("0.26", "0.33"))
     assert engine.as_tested
     assert not doctor.Engine("vllm", "0.4.2", ("0.26", "0.33")).as_tested
-    assert outlook.numbers("0.5.23.post1") == (0, 5, 23)
+    assert checks.numbers("0.5.23.post1") == (0, 5, 23)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_fold.commands.convert import convert
-from gemma_fold.engines import arithmetic
-from gemma_fold.engines.originals import original_weight
+from gemma_fold.engines import weights
+from gemma_fold.engines.weights import original_weight
 from gemma_fold.format.manifest import FoldedTensor, read_manifest
 
 NAME = "model.norm.weight"
@@ -42,7 +42,7 @@ def test_it_rounds_once(stored: torch.dtype, served: torch.dtype, tmp_path: Path
     ours = original_weight(gamma, folded).to(served)
     assert torch.equal(ours, w.to(served))
     if (stored, served) == (torch.float32, torch.bfloat16):  # or this test shows nothing
-        assert not torch.equal(arithmetic.unfold(gamma, 1.0, served), w.to(served))
+        assert not torch.equal(weights.unfold(gamma, 1.0, served), w.to(served))
 
 
 def test_a_gamma_that_was_trained_since_is_not_replaced(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 #: Stub packages by engine and case, each a mapping from a file to its text; and what is said.
 STUBS = {
-    ("vllm", "no internals"): ({"__init__.py": "__version__ = '0.30.0'"}, "vllm.model_executor"),
+    ("vllm", "no internals"): ({"__init__.py": "__version__ = '0.30.0'"}, "vllm.logger"),
     ("vllm", "no version"): (
         {"__init__.py": ""},
         "gemma-fold cannot attach to this version of vLLM",

@@ -70,7 +70,7 @@ def test_other_engines_say_that_they_cannot(folded: Path) -> None:
         serve(folded, "sglang", port=free_port())
     with pytest.raises(HostError, match=r"vLLM is not installed; .* pip install vllm"):
         serve(folded, "vllm", port=free_port())
-    with pytest.raises(UsageError, match="no engine ollama"):
+    with pytest.raises(UsageError, match="unknown engine ollama"):
         serve(folded, "ollama")
 
 

@@ -101,8 +101,7 @@ def adopted(norm: Any) -> None:
 
 
 def native(norm: Any) -> None:
-    from gemma_fold.engines.sglang.native import NativeNorm
-    from gemma_fold.engines.sglang.norms import adopt
+    from gemma_fold.engines.sglang.norms import NativeNorm, adopt
 
     adopt(norm, NativeNorm)
 
@@ -249,7 +248,6 @@ def test_a_layer_that_is_not_known_keeps_its_norms_apart(
         assert hidden_states.shape[-1] > 1
         return forward(self, positions, hidden_states, *args, **kwargs)
 
-    forget(monkeypatch)
     monkeypatch.setattr(Gemma3DecoderLayer, "forward", reads)
     with sglang.mode("native"):
         loaded = sglang.Loaded(checkpoints.folded("gemma3_text"))
@@ -260,20 +258,11 @@ def test_a_layer_that_is_not_known_keeps_its_norms_apart(
         sglang.Loaded(checkpoints.folded("gemma3_text"))
 
 
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No digest is known, and nothing was found out about a class before."""
-    from gemma_fold.engines.sglang import layers as sandwich
-
-    monkeypatch.setattr(sandwich, "_KNOWN", {name: {"forward": ""} for name in sandwich._KNOWN})
-    monkeypatch.setattr(sandwich, "_problem", sandwich._problem.__wrapped__)
-
-
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
-def test_a_layer_of_another_version_is_fused_by_its_structure(
-    family: str, sglang: Any, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+def test_layers_are_fused_by_their_structure(
+    family: str, sglang: Any, checkpoints: Checkpoints
 ) -> None:
     expected = run(blocked(sglang.Loaded(checkpoints.original(family))))
-    forget(monkeypatch)
     with sglang.mode("require"):
         loaded = sglang.Loaded(checkpoints.folded(family))
     kinds = [type(norm).__mro__[1].__name__ for norm in loaded.norms().values()]
@@ -302,7 +291,7 @@ def test_native_norms_trace_without_a_graph_break(
 
 def test_heads_keep_their_layout(sglang: Any) -> None:
     """Attention code turns transposed heads back and expects them to be dense."""
-    from gemma_fold.engines.sglang.native import rms_norm
+    from gemma_fold.engines.sglang.norms import rms_norm
 
     packed = torch.randn(5, 64).bfloat16()
     heads = packed[:, :32].unflatten(-1, (4, 8)).transpose(0, 1).unsqueeze(0)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from families import FAMILIES, SURVEYED, build, fill, gains, model_class
+from families import FAMILIES, SURVEYED, build, fill, gains, model_class, model_classes
 from plain_gamma import difference, load_plain, outputs, plain_semantics, read, unlock, write
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -94,26 +92,6 @@ def test_each_gain_and_each_trap_matters(family: str, tmp_path: Path) -> None:
 def classify_folder(folder: Path) -> Classification:
     config = json.loads((folder / "config.json").read_text())
     return classify(config, {name: tuple(tensor.shape) for name, tensor in read(folder).items()})
-
-
-#: Halves of a model, which the whole builds from a part of its config; never saved alone.
-HALVES = ("MoonshineStreamingDecoder", "T5GemmaEncoder", "T5GemmaDecoder")
-
-
-@lru_cache
-def model_classes(family: str) -> tuple[type[Any], ...]:
-    """Every class of transformers that is built from this family's config."""
-    config_class = CONFIG_MAPPING[family]
-    module = import_module(config_class.__module__.replace("configuration_", "modeling_"))
-    classes = (c for c in vars(module).values() if isinstance(c, type))
-    return tuple(
-        c
-        for c in classes
-        if issubclass(c, transformers.PreTrainedModel)
-        and c.config_class is config_class
-        and not c.__name__.endswith("PreTrainedModel")
-        and c.__name__ not in HALVES
-    )
 
 
 @PARAMETRIZE

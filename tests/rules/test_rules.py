@@ -59,6 +59,8 @@ def test_missing_norm_is_an_error(lost: str) -> None:
         "language_model.model.layers.0.input_layernorm.weight",
         "layers.0.input_layernorm.weight",  # a root that is fine, but not beside another
         "model.layers.2.input_layernorm.weight",  # the config knows two layers
+        "model.layers.01.input_layernorm.weight",  # int() reads these two as 1, and no engine does
+        "model.layers.\u0661.input_layernorm.weight",
         "xmodel.norm.weight",
         "model.norm.weight.extra",
     ],
@@ -94,6 +96,16 @@ def test_layers_are_counted_where_the_config_leaves_them_out() -> None:
     found = classify({"model_type": "gemma3_text"}, shapes)
     assert found.missing == ("model.layers.1.input_layernorm.weight",)
     assert any("num_hidden_layers" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("index", [10_000, 999_999_999])
+def test_an_index_beyond_every_model_is_refused_at_once(index: int) -> None:
+    name = f"model.layers.{index}.input_layernorm.weight"
+    found = classify({"model_type": "gemma3_text"}, text_model() | {name: (8,)})
+    assert found.verdict is Verdict.UNSUPPORTED
+    assert f"layer {index}" in found.reason
+    assert "num_hidden_layers" in found.reason
+    assert not found.zero_centred()
 
 
 def test_config_with_the_norms_of_another_model_is_refused() -> None:

@@ -32,6 +32,9 @@ from gemma_fold.rules import Kind, Verdict, classify
         ({"model_type": "k2_horizon", "num_values": 8}, Kind.PLAIN),
         ({"architectures": ["DFlashDraftModel"], "use_gemma_norm": True}, Kind.ZERO_CENTRED),
         ({"architectures": ["DFlashDraftModel"], "model_type": "qwen3"}, Kind.PLAIN),
+        ({"model_type": "step5", "zero_centered": True}, Kind.ZERO_CENTRED),
+        ({"model_type": "step5"}, Kind.ZERO_CENTRED),
+        ({"model_type": "step5", "zero_centered": False}, Kind.PLAIN),
     ],
 )
 def test_switch(config: dict[str, Any], kind: Kind) -> None:
@@ -55,6 +58,63 @@ def test_unknown_switch_value_is_refused(config: dict[str, Any]) -> None:
     found = single(config, "model.layers.0.input_layernorm.weight")[1]
     assert found.verdict is Verdict.UNSUPPORTED
     assert "unknown" in found.reason
+
+
+DSPARK = {"model_type": "muse_spark_dspark", "norm_zero_centered_gamma": True}
+DSPARK_NORMS = names_of(
+    *(
+        f"layers.{{i}}.{name}.weight"
+        for name in ("self_attn.pre_qkv_proj_norm", "pre_ffn_norm", "post_attn_norm")
+    ),
+    "layers.{i}.post_ffn_norm.weight",
+    "hidden_norm.weight",
+    "norm.weight",
+)
+
+
+def test_draft_of_muse_spark_folds_where_its_offsets_are_one_number() -> None:
+    found = classify(DSPARK | {"num_hidden_layers": 2}, DSPARK_NORMS)
+    found.require_foldable()
+    assert set(found.zero_centred()) == set(DSPARK_NORMS)
+    plain = classify(DSPARK | {"norm_zero_centered_gamma": False}, DSPARK_NORMS)
+    assert plain.verdict is Verdict.NOTHING_TO_FOLD
+
+
+@pytest.mark.parametrize("center", ["one", "inverse_residual_index"])
+def test_draft_of_muse_spark_without_weights_on_its_post_norms(center: str) -> None:
+    config = DSPARK | {"num_hidden_layers": 2, "post_norm_affine": False}
+    config |= {"post_norm_gain_center_type": center}
+    shapes = {name: shape for name, shape in DSPARK_NORMS.items() if "post" not in name}
+    classify(config, shapes).require_foldable()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"post_norm_gain_center_type": "inverse_residual_index"}, "index of each layer"),
+        ({"post_norm_gain_center_type": "inverse_residual_index_v2"}, "index of each layer"),
+        ({"post_norm_gain_center_type": "inverse_sqrt_residual_index"}, "index of each layer"),
+        ({"post_norm_gain_center_type": "inverse_sqrt_layers"}, "index of each layer"),
+        ({"use_ffn_learnable_scales": True}, "scales the input of its norm"),
+    ],
+)
+def test_draft_of_muse_spark_is_refused_where_they_are_not(
+    change: dict[str, Any], reason: str
+) -> None:
+    found = classify(DSPARK | change, DSPARK_NORMS)
+    assert found.verdict is Verdict.UNSUPPORTED
+    assert reason in found.reason
+    assert not found.zero_centred()
+
+
+def test_draft_layers_that_no_engine_loads_stay_as_they_are() -> None:
+    config = {"model_type": "alice_ai", "num_hidden_layers": 2, "layer_types": ["x"] * 2}
+    draft = "mtp.layers.0.input_layernorm.weight"
+    body = names_of(*(f"model.layers.{{i}}.{n}" for n in STD4[:2]), "model.norm.weight")
+    found = classify(config, body | {draft: (8,)})
+    found.require_foldable()
+    assert set(found.zero_centred()) == set(body)
+    assert found.rules[draft].kind is Kind.OTHER
 
 
 def test_linear_attention_norm_of_gigachat_has_its_own_switch() -> None:
@@ -189,7 +249,14 @@ def test_unknown_model_type_is_refused(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"_class_name": "Krea2Transformer2DModel"}, {"type": "pi05"}, {"model_type": "pi05"}]
+    "config",
+    [
+        {"_class_name": "Krea2Transformer2DModel"},
+        {"type": "pi05"},
+        {"model_type": "pi05"},
+        {"model_type": "musespark1x_text"},
+        {"model_type": "t5gemma2_encoder"},
+    ],
 )
 def test_refused_model_says_why(config: dict[str, Any]) -> None:
     found = classify(config, names_of("norm.weight"))

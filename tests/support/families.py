@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,26 @@ FAMILIES = {name: Family(tiny.CLASSES[name], config) for name, config in tiny.CO
 
 def model_class(family: str) -> Any:
     return getattr(transformers, FAMILIES[family].cls)
+
+
+#: Halves of a model, which the whole builds from a part of its config; never saved alone.
+HALVES = ("MoonshineStreamingDecoder", "T5GemmaEncoder", "T5GemmaDecoder")
+
+
+@lru_cache
+def model_classes(family: str) -> tuple[type[Any], ...]:
+    """Every class of transformers that is built from this family's config."""
+    config_class = CONFIG_MAPPING[family]
+    module = import_module(config_class.__module__.replace("configuration_", "modeling_"))
+    classes = (c for c in vars(module).values() if isinstance(c, type))
+    return tuple(
+        c
+        for c in classes
+        if issubclass(c, transformers.PreTrainedModel)
+        and getattr(c, "config_class", None) is config_class
+        and not c.__name__.endswith("PreTrainedModel")
+        and c.__name__ not in HALVES
+    )
 
 
 def build(family: str, dtype: torch.dtype, cls: Any = None) -> Any:

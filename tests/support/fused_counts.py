@@ -20,10 +20,10 @@ from typing import Any
 import tiny
 import torch
 
-from gemma_fold.engines.attach import outlook
+from gemma_fold.engines import checks, doctor
 from gemma_fold.engines.transformers import layers
-from gemma_fold.engines.transformers.models import zero_centred_norms
 from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.engines.transformers.weights import zero_centred_norms
 
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "fused.json"
 #: Sandwiches of the models in `tiny`, counted by hand in their sources.
@@ -43,8 +43,8 @@ IN_SERVERS = {"gemma2": 4, "gemma3": 4}
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    version = outlook.installed("transformers")
-    if version is not None and outlook.numbers(version) >= (5, 17):
+    version = doctor.installed("transformers")
+    if version is not None and checks.numbers(version) >= (5, 17):
         for family, expected in IN_TRANSFORMERS.items():
             if family in tiny.available():
                 yield {
@@ -55,10 +55,10 @@ def rows() -> Iterator[dict[str, Any]]:
                     **_run(family),
                 }
     for engine in ("vllm", "sglang"):
-        version = outlook.installed(engine)
+        version = doctor.installed(engine)
         for family, expected in IN_SERVERS.items() if version is not None else ():
             config = {"model_type": family, "num_hidden_layers": 2}
-            found = outlook.ENGINES[engine](config)
+            found = doctor.outlook(engine, config)
             yield {
                 "engine": engine,
                 "version": version,
@@ -100,10 +100,10 @@ def main() -> None:
     new = list(rows())
     here = {(row["engine"], row["version"]) for row in new}
     kept = [row for row in kept if (row["engine"], row["version"]) not in here]
-    order = list(outlook.TESTED)
+    order = list(checks.TESTED)
     both = sorted(
         [*kept, *new],
-        key=lambda row: (order.index(row["engine"]), outlook.numbers(row["version"])),
+        key=lambda row: (order.index(row["engine"]), checks.numbers(row["version"])),
     )
     RESULTS.write_text(json.dumps(both, indent=1) + "\n")
     for row in new:

@@ -1,8 +1,8 @@
 """How far two distributions are apart at least, from the most likely tokens of each.
 
 Merging outcomes never increases a divergence. The outcomes here are the tokens that both sides
-tell, those that one side alone lists, and all others. Of a token that a side does not list, that
-side still tells that it is no likelier than the last one it lists.
+list, those that one side alone lists, and all others. A token that a side does not list is at most
+as likely there as the last one it lists.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OVER_ZERO, _OVER_ONE = 1e-3, 1e-2
 
 
 def known(position: Position) -> dict[str, float]:
-    """Log-probabilities that a side tells: of its list, and of the token that follows."""
+    """Log-probabilities that a side returns: of its list, and of the token that follows."""
     return {**position.top, position.token: position.logprob}
 
 
@@ -32,9 +32,9 @@ def ceiling(position: Position) -> float:
 
 
 def is_valid(position: Position) -> bool:
-    """Whether what a side tells can be log-probabilities."""
-    told = (*position.top.values(), position.logprob)
-    if any(not math.isfinite(p) or p > _OVER_ZERO for p in told):
+    """Whether what a side returns can be log-probabilities."""
+    given = (*position.top.values(), position.logprob)
+    if any(not math.isfinite(p) or p > _OVER_ZERO for p in given):
         return False
     return math.fsum(map(math.exp, known(position).values())) <= 1 + _OVER_ONE
 
@@ -48,8 +48,8 @@ def least_kl(
     rest_p = max(_SMALLEST, 1 - math.fsum(math.exp(p[token]) for token in shared))
     rest_q = max(_SMALLEST, 1 - math.fsum(math.exp(q[token]) for token in shared))
     only_p, only_q = p.keys() - shared, q.keys() - shared
-    # Tokens in one list alone, apart from all others: one side tells how likely they are, the
-    # other how likely at most. Up to there it is free, and closest in proportion to the rest.
+    # Tokens in one list alone, apart from all others: how likely they are is known of one side, how
+    # likely at most of the other. Up to there it is free, and closest in proportion to the rest.
     mass_p = min(rest_p, math.fsum(math.exp(p[token]) for token in only_p))
     mass_q = min(rest_q, math.fsum(math.exp(q[token]) for token in only_q))
     most_q = min(len(only_p) * math.exp(ceiling_q), mass_p * rest_q / rest_p)

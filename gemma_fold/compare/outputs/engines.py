@@ -1,4 +1,4 @@
-"""Side A or B run by vLLM or SGLang, offline: the top k at every position, as its server tells."""
+"""Side A or B run by vLLM or SGLang, offline: the top k at every position, as from its server."""
 
 from __future__ import annotations
 
@@ -96,9 +96,12 @@ class Asked:
 def running(
     side: EngineSide, tokens: Tokens, dtype: str, new_tokens: int, name: Callable[[int], str]
 ) -> Iterator[Asked]:
-    """Start the engine on the checkpoint, and end it. `name` spells a token.
+    """Start the engine on the checkpoint, and end it.
 
-    Raises UnsupportedModelError where the engine does not run the checkpoint.
+    `name` spells a token.
+
+    Raises:
+        UnsupportedModelError: the engine does not run the checkpoint.
     """
     windows = [len(window) + 1 for window in tokens.windows]
     prompts = [len(prompt.ids) + new_tokens for prompt in tokens.prompts]

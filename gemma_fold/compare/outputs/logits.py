@@ -244,8 +244,9 @@ def engine_name(model: Model, device: torch.device) -> str:
 def open_logits(path: Path, side: Side, tokens: Tokens, dtype: str) -> LogitsFile:
     """The logits that `--save-logits` kept.
 
-    Raises CheckpointError where there are none, and UsageError where they are not those of `side`,
-    over these tokens, in this dtype.
+    Raises:
+        CheckpointError: there are none.
+        UsageError: they are not those of `side`, over these tokens, in this dtype.
     """
     file = LogitsFile.open(path)
     file.check(tokens=tokens.digest, model=fingerprint(side), dtype=dtype)

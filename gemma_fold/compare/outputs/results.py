@@ -17,7 +17,11 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Mean, extremes and `PERCENTILES` (in their order) of one number over positions."""
+    """One number over positions.
+
+    Attributes:
+        percentiles: those in `PERCENTILES`, in their order.
+    """
 
     mean: float
     min: float
@@ -32,13 +36,13 @@ class OutputStats:
     Attributes:
         positions: compared.
         scored: positions with a next token to be predicted.
-        vocabulary: logits at each position; None where only the top k were known.
-        top_k: k of the overlap, and of everything where only the top k were known.
-        differing: logits whose value differs; None where only the top k were known.
+        vocabulary: logits at each position; None if only the top k were known.
+        top_k: k of the overlap, and of everything if only the top k were known.
+        differing: logits whose value differs; None if only the top k were known.
         positions_differing: positions with at least one.
-        max_abs: largest difference of two logits (of two log-probabilities where only the top k
+        max_abs: largest difference of two logits (of two log-probabilities if only the top k
             were known).
-        kl_ab, kl_ba: KL(A||B) and KL(B||A) in nats; a lower bound where only the top k were known.
+        kl_ab, kl_ba: KL(A||B) and KL(B||A) in nats; a lower bound if only the top k were known.
         same_top, same_top_sigma: share of positions with the same most likely token, and the
             standard error of that share.
         overlap: mean share of the top k tokens that both have in theirs.
@@ -116,11 +120,11 @@ class Outputs:
 
     Attributes:
         stats: B against A.
-        floor: A against itself, run differently; None where that was not measured.
+        floor: A against itself, run differently; None if that was not measured.
         floor_how: what was different.
         greedy: continuations of the prompts.
         text: where the tokens come from.
-        windows, context: how many windows of how many tokens; 0 where the server tokenized.
+        windows, context: how many windows of how many tokens; 0 if the server tokenized.
         engines: what ran A and B, with dtype and device.
         kl: KL(A||B) at every position, and the same of the floor: what the histogram is made of.
     """

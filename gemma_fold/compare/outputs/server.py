@@ -2,7 +2,7 @@
 
 `POST /v1/completions` with `echo` and `logprobs` returns the k most likely tokens at every position
 of the prompt (https://platform.openai.com/docs/api-reference/completions). That is all a server
-tells, so the comparison is over the top k. Where the server offers it, as vLLM does with
+returns, so the comparison is over the top k. If the server offers it, as vLLM does with
 `return_tokens_as_token_ids`, tokens are named by id, since several may share a text.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 from gemma_fold.errors import HostError, UsageError
 
-#: Most likely tokens asked for at each position; servers limit it, vLLM to 20 unless told.
+#: Most likely tokens asked for at each position; servers limit it, vLLM to 20 unless set.
 TOP_K = 10
 _NAMED_BY_ID = re.compile(r"token_id[:_](\d+)")
 _PROBE = "The light on the"
@@ -29,7 +29,7 @@ _PROBE = "The light on the"
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """What a model said of one token: its own log-probability, and the top k in its place."""
+    """What a model answered for one token: its own log-probability, and the top k in its place."""
 
     token: str
     logprob: float
@@ -57,7 +57,8 @@ class Endpoint:
     def names_ids(self) -> bool:
         """Ask for a few tokens: whether they are named by id.
 
-        Raises HostError where the server gives no prompt log-probabilities.
+        Raises:
+            HostError: the server gives no prompt log-probabilities.
         """
         try:
             positions = self.read(_PROBE, by_id=True)
@@ -190,5 +191,5 @@ def _floats(top: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _float(logprob: Any) -> float:
-    """NaN where there is none."""
+    """NaN if there is none."""
     return math.nan if logprob is None else float(logprob)

@@ -21,10 +21,8 @@ from gemma_fold.compare.outputs.backend import (
     does_not_run,
 )
 from gemma_fold.compare.outputs.server import TOP_K
-from gemma_fold.engines.serve import check_sglang
+from gemma_fold.engines.serve import check_plugin
 from gemma_fold.errors import first_line
-
-prepare = check_sglang
 
 _WORKER = "gemma_fold.compare.outputs.sglang_worker"
 #: A line that ends a traceback, and what it says.
@@ -35,8 +33,17 @@ _RESERVED = 8  # tokens of a context that SGLang keeps to itself
 _LONGER_CONTEXT = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 
 
+def prepare() -> None:
+    """Check that SGLang is there, and loads gemma-fold."""
+    check_plugin("sglang")
+
+
 def start(side: EngineSide, dtype: str, longest: int, together: int) -> _Sglang:
-    """Start SGLang on the checkpoint. Raises UnsupportedModelError where it does not run it."""
+    """Start SGLang on the checkpoint.
+
+    Raises:
+        UnsupportedModelError: SGLang does not run it.
+    """
     backend = _Sglang(side)
     try:
         backend.load(dtype, longest, together)

@@ -27,7 +27,7 @@ _WORK_ON_CPU, _WORK = 1 << 19, 1 << 23
 class Rows:
     """Per-position results of `compare_rows`; each array has one entry a position.
 
-    nll and p are NaN where no token follows; the KLs are NaN where a logit is not finite.
+    nll and p are NaN if no token follows; the KLs are NaN if a logit is not finite.
     invalid and unlisted, [positions, 2]: of A and of B, see `OutputStats`.
     """
 
@@ -48,7 +48,7 @@ def compare_rows(a: Tensor, b: Tensor, targets: Tensor, *, top_k: int = TOP_K) -
     """Compare logits row by row.
 
     a, b: [positions, vocabulary] of any float dtype, on one device. targets: int64 [positions], the
-    token that follows, or -1 where none does. Memory stays bounded whatever the number of rows.
+    token that follows, or -1 if none does. Memory stays bounded whatever the number of rows.
     """
     step = max(1, (_WORK_ON_CPU if a.device.type == "cpu" else _WORK) // a.shape[1])
     parts = [
@@ -129,7 +129,7 @@ def _equal_rows(x: Tensor, targets: Tensor) -> Rows:
 
 
 def _invalid(logits: Tensor) -> Tensor:
-    """Rows that are no distribution: minus infinity masks a token, but not all of them."""
+    """Rows that are not a distribution: minus infinity masks a token, but not all of them."""
     broken = logits.isnan() | (logits == math.inf)
     return broken.any(-1) | ~logits.isfinite().any(-1)
 

@@ -32,7 +32,7 @@ class NothingInCommonError(UsageError):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Where a greedy continuation starts: text (empty where ids were drawn), and its ids."""
+    """Where a greedy continuation starts: text (empty if ids were drawn), and its ids."""
 
     text: str
     ids: tuple[int, ...]
@@ -45,7 +45,7 @@ class Tokens:
     Attributes:
         windows: token ids, all of one length.
         prompts: for greedy continuations.
-        tokenizer: turns ids to text; None where the ids were drawn at random.
+        tokenizer: turns ids to text; None if the ids were drawn at random.
         origin: where the ids come from, in words.
     """
 
@@ -94,8 +94,9 @@ def make_tokens(
 
     Where neither has a tokenizer, ids are drawn at random (the same ones every time).
 
-    Raises NothingInCommonError where tokenizers or vocabularies differ, and UsageError where the
-    text is unusable.
+    Raises:
+        NothingInCommonError: tokenizers or vocabularies differ.
+        UsageError: the text is unusable.
     """
     sides = [side for side in (a, b) if side is not None]
     _check_vocabularies(sides)
@@ -151,7 +152,7 @@ def _encode(sides: list[Side], texts: tuple[str, ...]) -> tuple[list[list[int]] 
         if found[0] is not None and found[0] != encoded:
             raise NothingInCommonError(
                 f"the tokenizers of {sides[0].name} and {sides[1].name} split the text "
-                "differently, so there is no common text; compare weights with --no-outputs"
+                "differently, so they have no common text; compare weights with --no-outputs"
             )
         if found[0] is None:
             found = (encoded, tokenizer)
@@ -159,7 +160,7 @@ def _encode(sides: list[Side], texts: tuple[str, ...]) -> tuple[list[list[int]] 
 
 
 def load_tokenizer(root: Path) -> Any:
-    """The tokenizer of a checkpoint folder. Raises CheckpointError where it does not load."""
+    """The tokenizer of a checkpoint folder. Raises CheckpointError if it does not load."""
     from gemma_fold.compare.outputs.transformers import import_transformers
 
     try:
@@ -193,5 +194,5 @@ def _random_tokens(sides: list[Side], context: int, prompts: int) -> Tokens:
         windows,
         tuple(Prompt("", ids(8)) for _ in range(prompts)),
         None,
-        "token ids drawn at random, as there is no tokenizer",
+        "token ids drawn at random, for want of a tokenizer",
     )

@@ -1,8 +1,9 @@
-"""Compare what two running models say of the same tokens, where at least one tells the top k alone.
+"""Compare two running models on the same tokens, if at least one returns the top k alone.
 
-A server, vLLM or SGLang tells the k most likely tokens, not the whole distribution. The divergences
-here are those of the distributions over the tokens that both sides list and one more outcome, "any
-other token", made larger where the lists prove more (see `bounds`): lower bounds of the true ones.
+A server, vLLM or SGLang returns the k most likely tokens, not the whole distribution. The
+divergences here are those of the distributions over the tokens that both sides list and one more
+outcome, "any other token", made larger if the lists prove more (see `bounds`): lower bounds of the
+true ones.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from gemma_fold.compare.outputs.tokens import PROMPTS, NothingInCommonError, Tok
 from gemma_fold.compare.outputs.transformers import Model, running
 from gemma_fold.compare.sides import Side
 
-_LETTERS = 3000  # a passage of text, where only the server can count tokens
+_LETTERS = 3000  # a passage of text, if only the server can count tokens
 
 Text = str | tuple[int, ...]
 Positions = list[Position]
@@ -38,7 +39,7 @@ Party = Side | Endpoint | EngineSide
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one side said: positions of every passage, and greedy continuations with their text.
+    """One side's answers: positions of every passage, and greedy continuations with their text.
 
     `engine` and `eager` are the source's.
     """
@@ -54,7 +55,7 @@ class Source(Protocol):
 
     Attributes:
         name: for people.
-        eager: a mode of it that runs other code, in words; empty where there is none.
+        eager: a mode of it that runs other code, in words; empty if there is none.
     """
 
     @property
@@ -67,10 +68,10 @@ class Source(Protocol):
         """Every token of `text` but the first, with the top k in its place."""
 
     def read_together(self, texts: Sequence[Text]) -> list[Positions]:
-        """The same for many texts, all at once where the engine can."""
+        """The same for many texts, all at once if the engine can."""
 
     def read_decoded(self, texts: Sequence[Text]) -> engines.Decoded | None:
-        """Its continuations of the texts, as served and as read; None where it has none."""
+        """Its continuations of the texts, as served and as read; None if it has none."""
 
     def continue_greedily(self, text: Text, tokens: int) -> tuple[tuple[str, ...], str]:
         """Tokens and text of the most likely continuation."""
@@ -142,12 +143,13 @@ def compare_top(
     settings: Settings,
     progress: Progress,
 ) -> Outputs:
-    """Compare the top k where A or B is a server or run by an engine of `engines.ENGINES`.
+    """Compare the top k if A or B is a server or run by an engine of `engines.ENGINES`.
 
-    `tokens` is None where both are servers. A side that is a checkpoint is run by transformers.
+    `tokens` is None if both are servers. A side that is a checkpoint is run by transformers.
 
-    Raises NothingInCommonError where the tokens differ, and HostError where a
-    server is down, too slow, or returns no log-probabilities.
+    Raises:
+        NothingInCommonError: the tokens differ.
+        HostError: a server is down, too slow, or returns no log-probabilities.
     """
     by_id = all([e.names_ids() for e in (a, b) if isinstance(e, Endpoint)])
     passages, starts, names, origin = _texts(tokens, text, prompts)
@@ -256,7 +258,7 @@ def _read(
 
 
 def compare_positions(a: list[Positions], b: list[Positions]) -> Rows:
-    """Statistics of two readings. Raises NothingInCommonError where the tokens differ."""
+    """Statistics of two readings. Raises NothingInCommonError if the tokens differ."""
     parts = []
     for one, two in zip(a, b, strict=True):
         if [p.token for p in one] != [p.token for p in two]:

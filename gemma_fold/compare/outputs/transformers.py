@@ -27,12 +27,12 @@ def import_transformers() -> Any:
     """transformers, taught to load folded checkpoints. Raises HostError without it."""
     from gemma_fold.engines.transformers import install
 
-    install()  # says so where transformers is missing
+    install()  # reports that transformers is missing
     return import_module("transformers")
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises UsageError for a device that is not there."""
+    """`auto` is CUDA if there is one. Raises UsageError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -132,8 +132,9 @@ class Model:
 def running(side: Side, dtype: str, device: torch.device) -> Iterator[Model]:
     """Load the checkpoint of `side`, folded or original, and free it at the end.
 
-    Raises UnsupportedModelError where transformers cannot load it, and HostError where
-    memory runs out, during loading or later.
+    Raises:
+        UnsupportedModelError: transformers cannot load it.
+        HostError: memory runs out, during loading or later.
     """
     with explaining_memory(side.name, device):
         model = Model(_load(side, dtype, device), device)
@@ -145,7 +146,7 @@ def running(side: Side, dtype: str, device: torch.device) -> Iterator[Model]:
 
 @contextmanager
 def explaining_memory(name: str, device: torch.device) -> Iterator[None]:
-    """Turn each library's way of saying that memory ran out into one line."""
+    """Turn each library's error for a lack of memory into one line."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -215,7 +216,7 @@ def _without_progress_bars(transformers: Any) -> Iterator[None]:
 
 
 def _dtype_of(model: Any) -> torch.dtype:
-    from gemma_fold.engines.transformers.models import weights_dtype
+    from gemma_fold.engines.transformers.weights import weights_dtype
 
     return weights_dtype(model)  # not that of a gamma
 

@@ -15,13 +15,13 @@ from gemma_fold.compare.outputs.backend import (
     does_not_run,
 )
 from gemma_fold.compare.outputs.server import TOP_K
-from gemma_fold.engines.vllm.server import check_environment
+from gemma_fold.engines.serve import check_plugin
 from gemma_fold.errors import GemmaFoldError, first_line
 
 
 def prepare() -> None:
     """Check that vLLM is there; its log stays off stdout, its processes start afresh."""
-    check_environment()
+    check_plugin("vllm")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # A fork of this process, which has asked about GPUs, could not use any.

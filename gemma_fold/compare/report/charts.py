@@ -52,7 +52,7 @@ _LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 
 def ulp_chart(weights: Weights) -> str | None:
-    """Norm weights by the error of their gamma; None where there is no error."""
+    """Norm weights by the error of their gamma; None if there is no error."""
     rows = histogram_rows(weights)
     if not any(count for _, count in rows[1:]):
         return None
@@ -73,7 +73,7 @@ def ulp_chart(weights: Weights) -> str | None:
 
 
 def kl_chart(outputs: Outputs) -> str | None:
-    """KL by position, B against A and A against itself; None where all of it is zero."""
+    """KL by position, B against A and A against itself; None if all of it is zero."""
     if outputs.stats.identical:
         return None
 
@@ -139,7 +139,7 @@ def gamma_chart(weights: Weights) -> str | None:
 
 
 def layer_chart(weights: Weights) -> str | None:
-    """Share of weights that differ, by layer and kind of norm; None where none does."""
+    """Share of weights that differ, by layer and kind of norm; None if none does."""
     kinds = _by_kind(weights.norms)
     if not weights.changed or not kinds:
         return None

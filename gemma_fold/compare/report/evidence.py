@@ -13,7 +13,7 @@ from gemma_fold.compare.outputs.results import Outputs, OutputStats
 
 #: Positions at which two servers must have listed their top tokens, and the share of all positions.
 _FEWEST, _LISTED = 16, 0.9
-#: Top tokens that agree, as a share of how many do where A is asked again.
+#: Top tokens that agree, as a share of how many do if A is asked again.
 _AGREEMENT = 0.5
 _SIGMAS = 4
 
@@ -56,7 +56,7 @@ def _beside_the_bound(
         (f"the top {stats.top_k} have in common", stats.overlap, floor.overlap if floor else 1.0),
     ):
         if here < _AGREEMENT * again:
-            asked = f", and where A is asked again {again:.2%}" if floor else ""
+            asked = f", and {again:.2%} when A is asked again" if floor else ""
             yield f"{what} {here:.2%}{asked}"
             return
     # Logits that are s apart make a KL of s^2 / 2, and move log-probabilities by s.
@@ -77,7 +77,7 @@ def gaps(outputs: Outputs, max_kl: float | None) -> Iterator[str]:
     of = f"of {stats.positions:,} positions"
     if any(stats.invalid):
         yield (
-            f"{_who(stats.invalid, 'tells', 'tell')} log-probabilities that are missing, not "
+            f"{_who(stats.invalid, 'returns', 'return')} log-probabilities that are missing, not "
             f"finite, over 0 or add up to more than 1, at {max(stats.invalid):,} {of}; look "
             "into the server's log, or use another one"
         )

@@ -30,7 +30,12 @@ def is_page(path: Path) -> bool:
 
 
 def write_html(report: DiffReport, path: Path) -> None:
-    """Write the page. Raises HostError where a package is missing; OSError as it comes."""
+    """Write the page.
+
+    Raises:
+        HostError: a package is missing.
+        OSError: the file cannot be written.
+    """
     path.write_text(html(report), "utf-8")
 
 

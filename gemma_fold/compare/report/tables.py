@@ -47,7 +47,7 @@ def side(which: str, info: SideInfo) -> str:
 
 
 def structure_lines(report: DiffReport) -> Iterator[str]:
-    """What the headers and configs say, a line for each thing worth saying."""
+    """The differences in headers and configs, a line each."""
     found = report.structure
     if found is None:
         return
@@ -102,7 +102,7 @@ def norm_table(weights: Weights, *, grouped: bool) -> Table:
 
 
 def other_table(weights: Weights) -> Table:
-    """Tensors that are no norms and not identical."""
+    """Tensors that are not norms and not identical."""
     rows = [
         [t.name, t.found.value, f"{t.changed:,}", number(t.max_abs), t.remark]
         for t in weights.others
@@ -204,7 +204,7 @@ def _singles(norms: Sequence[TensorDiff]) -> Iterator[tuple[str, str, NormStats]
 
 
 def _groups(norms: Sequence[TensorDiff]) -> Iterator[tuple[str, str, NormStats]]:
-    """Norms whose names differ only in the layer's number, joined where they are of one class."""
+    """Norms whose names differ only in the layer's number, joined if they are of one class."""
     groups: dict[tuple[str, str], list[NormStats]] = {}
     for name, found, stats in _singles(norms):
         groups.setdefault((_LAYER.sub("{i}", name), found), []).append(stats)

@@ -19,7 +19,7 @@ class Verdict:
     Attributes:
         same: whether they are, and there is evidence of it.
         line: sums it up.
-        reasons: the differences, none where the sides are the same or cannot be compared.
+        reasons: the differences, none if the sides are the same or cannot be compared.
         comparable: whether there was evidence, of one or the other.
     """
 
@@ -36,7 +36,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class SideInfo:
-    """What a report says of one side; a server has a name and nothing else."""
+    """One side in a report; a server has a name and nothing else."""
 
     name: str
     folded: bool | None = None
@@ -73,7 +73,7 @@ def judge(
     outputs: Outputs | None,
     limits: DiffLimits,
 ) -> Verdict:
-    """Collect what differs beyond `limits`, and say it in one line."""
+    """Collect what differs beyond `limits`, and sum it up in one line."""
     reasons: list[str] = []
     if weights:
         reasons += _weight_reasons(weights, limits)
@@ -122,9 +122,9 @@ def _structure_reasons(structure: Structure, weights: Weights | None) -> Iterato
     for side, names in (("A", structure.only_in_a), ("B", structure.only_in_b)):
         if names:
             yield f"{len(names)} tensor{'s'[: len(names) != 1]} only in {side} ({names[0]})"
-    # The weight comparison has said more precisely what became of these.
-    told = {t.name for t in (*weights.norms, *weights.others)} if weights else set()
-    forms = [change for change in structure.forms if change.name not in told]
+    # The weight comparison reports these more precisely.
+    reported = {t.name for t in (*weights.norms, *weights.others)} if weights else set()
+    forms = [change for change in structure.forms if change.name not in reported]
     if forms:
         first = forms[0]
         yield (

@@ -143,7 +143,7 @@ def notes(report: DiffReport) -> Iterator[str]:
         yield f"noise floor: {outputs.floor_how}"
     if outputs.stats.vocabulary is None:
         yield (
-            f"a server tells only the top {outputs.stats.top_k} tokens: divergences are lower "
+            f"a server returns only the top {outputs.stats.top_k} tokens: divergences are lower "
             "bounds, and no logits were compared"
         )
 

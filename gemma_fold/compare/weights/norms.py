@@ -1,7 +1,7 @@
 """What became of one norm's gain: the classes of a fold, and how far the numbers are apart.
 
-All of it compares gains, the number that multiplies x_hat: offset + w where a side stores w, the
-stored gamma where it is folded. Only exact patterns count; there is no tolerance to tune.
+All of it compares gains, the number that multiplies x_hat: offset + w if a side stores w, the
+stored gamma if it is folded. Only exact patterns count; there is no tolerance to tune.
 """
 
 from __future__ import annotations
@@ -39,11 +39,30 @@ class TensorClass(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Extent of a tensor's values; not-a-numbers are left out."""
+    """Extent of a tensor's values.
+
+    Attributes:
+        min: the smallest.
+        mean: of all but not-a-numbers.
+        max: the largest.
+    """
 
     min: float
     mean: float
     max: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNorm:
+    """One side's tensor as it is stored; `gamma` is whether it holds gamma, by the checkpoint."""
+
+    raw: bytes
+    dtype: str
+    gamma: bool
+
+    def gain(self, rule: Fold) -> Float32:
+        """The float32 number that multiplies x_hat."""
+        return decode(self.raw, self.dtype) if self.gamma else fold(self.raw, self.dtype, rule)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +75,7 @@ class NormStats:
         w: the zero-centred weight of side A (gain minus offset).
         gamma_a, gamma_b: the gains.
         max_abs: largest difference of two gains.
-        max_rel: the same relative to A's gain, over the elements where that is not 0.
+        max_rel: the same relative to A's gain, over the elements whose gain is not 0.
         max_ulp: largest distance in float32 units in the last place (65,536 make a bf16 one).
         histogram: elements by ulp distance, in `BUCKETS` powers of two.
     """
@@ -70,19 +89,6 @@ class NormStats:
     max_rel: float
     max_ulp: int
     histogram: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredNorm:
-    """One side's tensor as it is stored: `gamma` says by the checkpoint's word what it holds."""
-
-    raw: bytes
-    dtype: str
-    gamma: bool
-
-    def gain(self, rule: Fold) -> Float32:
-        """The float32 number that multiplies x_hat."""
-        return decode(self.raw, self.dtype) if self.gamma else fold(self.raw, self.dtype, rule)
 
 
 def compare_norm(a: StoredNorm, b: StoredNorm, rule: Fold) -> tuple[TensorClass, str, NormStats]:

@@ -94,7 +94,8 @@ class Weights:
 def compare_weights(a: Side, b: Side, progress: Progress | None = None) -> Weights:
     """Class every tensor that both sides have, and compare the bytes of other files.
 
-    Raises CheckpointError where a file shrinks while it is read.
+    Raises:
+        CheckpointError: a file shrinks while it is read.
     """
     progress = progress or Progress()
     in_a, in_b = a.tensors(), b.tensors()
@@ -208,7 +209,7 @@ def _plain(name: str, a: _View, b: _View) -> TensorDiff:
 
 
 def _chunks(a: _View, b: _View, step: int = _CHUNK) -> Iterator[tuple[bytes, bytes]]:
-    """The same elements of both, a piece at a time; sizes differ where the dtypes do."""
+    """The same elements of both, a piece at a time; sizes differ if the dtypes do."""
     ratio = b.size / a.size if a.size else 1
     for start in range(0, a.size, step):
         size = min(step, a.size - start)

@@ -7,26 +7,31 @@ name and decorators. A decorator is not run again: its wrapper is copied, around
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import textwrap
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
-#: `from __future__ import` of the module, which the compiler has to be told of.
+#: Flags of `from __future__ import`, which the compiler is given.
 _FUTURE = 0xFFF0000
 
 
 class Unreadable(Exception):
-    """A function whose statements cannot be had; the message says why."""
+    """A function whose statements cannot be read; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Code:
     """A function and its statements.
 
-    function: what the decorators wrap. wrappers: those, outermost first. tree: its definition.
+    Attributes:
+        function: what the decorators wrap.
+        wrappers: those, outermost first.
+        tree: its definition.
     """
 
     function: types.FunctionType
@@ -35,22 +40,26 @@ class Code:
 
 
 def read(function: Callable[..., Any]) -> Code:
-    """The statements of `function`. Raises Unreadable unless they are those that run."""
+    """The statements of `function`.
+
+    Raises:
+        Unreadable: they are not there, or not those that run.
+    """
     wrappers: list[Any] = []
     while hasattr(function, "__wrapped__"):
         wrappers.append(function)
         function = function.__wrapped__
     if not isinstance(function, types.FunctionType):
-        raise Unreadable("it is no Python function")
+        raise Unreadable("it is not a Python function")
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError) as error:
         raise Unreadable("its source is not there") from error
     if not isinstance(tree, ast.FunctionDef):
-        raise Unreadable("it is no plain function")
+        raise Unreadable("it is not a plain function")
     for wrapper in wrappers:
         if not _wraps(wrapper):
-            raise Unreadable("one of its decorators is no plain function around it")
+            raise Unreadable("one of its decorators is not a plain function around it")
     ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)  # for its tracebacks
     code = Code(function, tuple(wrappers), tree)
     if not _same(_compiled(code, tree), function.__code__):
@@ -75,20 +84,8 @@ def rebuilt(code: Code, tree: ast.FunctionDef) -> Callable[..., Any]:
 def _compiled(code: Code, tree: ast.FunctionDef) -> types.CodeType:
     """The code object of `tree`, compiled where names mean what they mean in the original."""
     old = code.function
-    bare = ast.FunctionDef(
-        name=tree.name,
-        args=tree.args,
-        body=tree.body,
-        decorator_list=[],
-        returns=None,
-        type_comment=None,
-        lineno=tree.lineno,
-        col_offset=tree.col_offset,
-        end_lineno=tree.end_lineno,
-        end_col_offset=tree.end_col_offset,
-    )
-    if hasattr(tree, "type_params"):  # from Python 3.12 on
-        vars(bare)["type_params"] = tree.type_params
+    bare = copy.copy(tree)
+    bare.decorator_list, bare.returns = [], None
     module = ast.parse("def around(): pass")
     around = module.body[0]
     assert isinstance(around, ast.FunctionDef)
@@ -97,10 +94,9 @@ def _compiled(code: Code, tree: ast.FunctionDef) -> types.CodeType:
     body: ast.stmt = bare
     owner = old.__qualname__.split(".")[-2:-1]
     if owner and owner[0].isidentifier():  # private names and super() need their class
-        body = ast.ClassDef(name=owner[0], bases=[], keywords=[], body=[bare], decorator_list=[])
-        ast.copy_location(body, bare)
-        if hasattr(tree, "type_params"):
-            vars(body)["type_params"] = []
+        body = ast.parse(f"class {owner[0]}: pass").body[0]
+        assert isinstance(body, ast.ClassDef)
+        body.body = [bare]
     around.body = [body]
     ast.copy_location(around, bare)
     ast.fix_missing_locations(module)
@@ -120,15 +116,11 @@ def _find(code: types.CodeType, name: str) -> types.CodeType | None:
     return None
 
 
+_facts = attrgetter("co_code", "co_names", "co_varnames", "co_freevars")
+
+
 def _same(one: types.CodeType, two: types.CodeType) -> bool:
-    if (one.co_code, one.co_names, one.co_varnames, one.co_freevars) != (
-        two.co_code,
-        two.co_names,
-        two.co_varnames,
-        two.co_freevars,
-    ):
-        return False
-    if len(one.co_consts) != len(two.co_consts):
+    if _facts(one) != _facts(two) or len(one.co_consts) != len(two.co_consts):
         return False
     for first, second in zip(one.co_consts, two.co_consts, strict=True):
         if isinstance(first, types.CodeType) and isinstance(second, types.CodeType):
@@ -164,17 +156,17 @@ def _rewrapped(wrapper: types.FunctionType, inner: Any, new: Any) -> types.Funct
     itself = types.CellType()  # a wrapper that asks whether it is the outermost one
     for index in _cells(wrapper, wrapper):
         closure[index] = itself
-    copy = types.FunctionType(
+    rewrapped = types.FunctionType(
         wrapper.__code__,
         wrapper.__globals__,
         wrapper.__name__,
         wrapper.__defaults__,
         tuple(closure),
     )
-    copy = _dressed(copy, wrapper)
-    copy.__wrapped__ = new  # type: ignore[attr-defined]
-    itself.cell_contents = copy
-    return copy
+    rewrapped = _dressed(rewrapped, wrapper)
+    rewrapped.__wrapped__ = new  # type: ignore[attr-defined]
+    itself.cell_contents = rewrapped
+    return rewrapped
 
 
 def _dressed(new: types.FunctionType, old: types.FunctionType) -> types.FunctionType:

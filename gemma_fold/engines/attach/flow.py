@@ -40,16 +40,19 @@ _REFUSED = (
 
 
 class Unfollowable(Exception):
-    """A function that does what cannot be followed; the message says what."""
+    """A function that does what cannot be followed; the message is what."""
 
 
 @dataclass(eq=False, slots=True)
 class Value:
     """What an expression makes.
 
-    name: the attribute of `self` that is called, or the parameter.
-    at: its place in the order of events. block: the run of statements that it lies in.
-    uses: what becomes of it, in words, with the value made of it if there is one.
+    Attributes:
+        name: the attribute of `self` that is called, or the parameter.
+        at: its place in the order of events.
+        block: the run of statements that it lies in.
+        inputs: the values that it is made of.
+        uses: what becomes of it, in words, with the value made of it if there is one.
     """
 
     kind: Kind
@@ -73,7 +76,8 @@ class Event:
 class Flow:
     """A function, followed.
 
-    misuse: attributes of `self` among those asked for that are not just called, and how.
+    Attributes:
+        misuse: attributes of `self` among those asked for that are not just called, and how.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -91,8 +95,13 @@ class Flow:
 def follow(tree: ast.FunctionDef, kinds: Mapping[str, Kind], globals_: dict[str, Any]) -> Flow:
     """Follow the values of a method.
 
-    kinds: which attributes of `self`, called with one argument, are norms and dropouts.
-    globals_: of the function, to tell a logger from other objects.
+    Args:
+        tree: its definition.
+        kinds: which attributes of `self`, called with one argument, are norms and dropouts.
+        globals_: of the function, to distinguish a logger from other objects.
+
+    Raises:
+        Unfollowable: it does what cannot be followed.
     """
     return _Follower(tree, kinds, globals_).run()
 
@@ -109,7 +118,7 @@ class _Follower:
         self._names: dict[str, Value] = {}
         parameters = [*tree.args.posonlyargs, *tree.args.args]
         if not parameters:
-            raise Unfollowable("it is no method")
+            raise Unfollowable("it is not a method")
         self._self = parameters[0].arg
         self._captured = _captured(tree)
 

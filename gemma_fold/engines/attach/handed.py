@@ -69,7 +69,7 @@ def methods_in(file: Path, cls: str) -> dict[str, Callable[..., Any]]:
 
 
 def layer_problem(methods: Methods, layout: Layout, real: Any = None) -> str:
-    """Why a decoder layer does not only pass on what is handed to it; empty where it does."""
+    """Why a decoder layer does not only pass on what is handed to it; empty if it does."""
     return _problem(lambda ways: _layer(methods, layout, ways, real))
 
 
@@ -164,7 +164,7 @@ def _incoming(methods: Methods, real: Any) -> list[str]:
         seen.extend(values)
         return Open(ways), Open(ways)
 
-    with suppress(Exception):  # told apart when it runs again, with everything in its place
+    with suppress(Exception):  # reported when it runs again, with everything in its place
         Self(ways, {"input_layernorm": norm}, methods, real).forward(**given)
     names = [name for value in seen[:2] for name, one in given.items() if one is value]
     if len(names) != 2:
@@ -211,7 +211,7 @@ def _model(methods: Methods, ways: Ways, real: Any) -> None:
 
     residuals: list[Any] = []
     parts = {"layers": [layer, layer], "norm": norm, "start_layer": 0, "end_layer": 2}
-    parts["layers_to_capture"] = []  # where some are, nothing is handed on
+    parts["layers_to_capture"] = []  # if some are, nothing is handed on
     model = Self(ways, parts, methods, real)
     result = model.forward(**arguments(methods["forward"], ways, {}))
     if sealed_in(result) or calls[-1:] != ["norm"]:

@@ -5,49 +5,53 @@
     y = pre(total)                 # or: total is returned, and the next layer norms it
 
 are one operator on (x, residual), wherever the three stand, as long as nothing between them can
-change what they read.
+change what they read. :func:`rewrite` makes their calls calls of methods that the layer gets from
+:class:`gemma_fold.engines.transformers.layers.SandwichLayer`, and leaves every other statement:
+
+    h = self.post(h)            h = h
+    h = residual + h            h = (pair := self._fused(residual, h, False, "post", "pre", ""))[0]
+    y = self.pre(h)             y = pair.pop()
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_fold.engines.attach.flow import Flow, Kind, Unfollowable, Value, follow
+from gemma_fold.engines.attach.flow import Flow, Kind, Value, follow
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """One sandwich.
 
-    post, pre: the norms, by attribute; pre is empty where the sum is returned.
-    dropout: between the first norm and the add, or empty.
-    nodes: the expressions to change; `left`: whether the normed operand of the add is the left one.
+    Attributes:
+        post: the first norm.
+        dropout: between it and the add, if there is one.
+        add: the residual add.
+        pre: the second norm; None if the sum is returned.
     """
 
-    post: str
-    pre: str
-    dropout: str
-    left: bool
-    post_node: ast.expr
-    dropout_node: ast.expr | None
-    add_node: ast.expr
-    pre_node: ast.expr | None
+    post: Value
+    dropout: Value | None
+    add: Value
+    pre: Value | None
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """What there is in a forward.
 
-    entry: the norm of the hidden states as they come in, or empty, and its call.
-    missing: norms that are part of no site, each with the reason.
+    Attributes:
+        sites: its sandwiches.
+        entry: the norm of the hidden states as they come in, if there is one.
+        missing: norms that are part of no site, each with the reason.
     """
 
     sites: tuple[Site, ...]
-    entry: str
-    entry_node: ast.expr | None
+    entry: Value | None
     missing: tuple[tuple[str, str], ...]
 
 
@@ -57,18 +61,20 @@ def find(
     dropouts: Collection[str],
     globals_: dict[str, Any],
 ) -> Found:
-    """The sandwiches of a layer's forward. Raises Unfollowable where it cannot be followed."""
+    """The sandwiches of a layer's forward.
+
+    Raises:
+        Unfollowable: it cannot be followed.
+    """
     kinds: dict[str, Kind] = {name: "norm" for name in norms}
     kinds |= {name: "dropout" for name in dropouts}
     flow = follow(tree, kinds, globals_)
     finder = _Finder(flow)
     values = list(flow.values("norm"))
     sites = finder.sites(values)
-    taken = {id(node) for site in sites for node in (site.post_node, site.pre_node)}
-    entry = next((v for v in values if finder.is_entry(v) and id(v.node) not in taken), None)
-    used = {name for site in sites for name in (site.post, site.pre)}
-    if entry is not None:
-        used.add(entry.name)
+    taken = [*(site.post for site in sites), *(site.pre for site in sites if site.pre is not None)]
+    entry = next((v for v in values if finder.is_entry(v) and v not in taken), None)
+    used = {value.name for value in (*taken, entry) if value is not None}
     # The norm of a sum has no other reason than the norm before that sum.
     used |= {value.name for value in values if value.inputs[0].kind == "add"}
     missing = [
@@ -76,12 +82,7 @@ def find(
         for name in dict.fromkeys([*(value.name for value in values), *norms])
         if name not in used
     ]
-    return Found(
-        tuple(sites),
-        entry.name if entry is not None else "",
-        entry.node if entry is not None else None,
-        tuple(missing),
-    )
+    return Found(tuple(sites), entry, tuple(missing))
 
 
 class _Finder:
@@ -124,27 +125,14 @@ class _Finder:
             return "its output is added to itself", None
         if not _one_run(post, dropout, add):
             return "the residual add is in another branch", None
-        left = add.inputs[0] is normed
         between = self._flow.deeds(post, add)
         if between:
             return f"before the residual add comes {between[0]}", None
         problem, pre = self._next(add)
-        if problem:
-            return problem, None
-        assert post.node is not None
-        return "", Site(
-            post.name,
-            pre.name if pre is not None else "",
-            dropout.name if dropout is not None else "",
-            left,
-            post.node,
-            dropout.node if dropout is not None else None,
-            add.node,
-            pre.node if pre is not None else None,
-        )
+        return problem, None if problem else Site(post, dropout, add, pre)
 
     def _next(self, add: Value) -> tuple[str, Value | None]:
-        """The norm of the sum; nothing where the sum is returned instead."""
+        """The norm of the sum; nothing if the sum is returned instead."""
         norms = [user for _, user in add.uses if user is not None and user.kind == "norm"]
         for pre in norms:
             if pre.name in self._flow.misuse or not _one_run(add, pre):
@@ -161,8 +149,9 @@ class _Finder:
 
 
 def _overlaps(site: Site, others: list[Site]) -> bool:
-    taken = {id(node) for other in others for node in (other.add_node, other.pre_node)}
-    return id(site.add_node) in taken or id(site.post_node) in taken
+    return any(
+        value in (other.add, other.pre) for other in others for value in (site.add, site.post)
+    )
 
 
 def _only_user(value: Value) -> Value | None:
@@ -182,4 +171,71 @@ def _uses(value: Value) -> str:
     return " and ".join(words) if words else "is not used"
 
 
-__all__ = ["Found", "Site", "Unfollowable", "find"]
+_Replace = Callable[[ast.expr], ast.expr]
+
+
+def rewrite(tree: ast.FunctionDef, found: Found) -> ast.FunctionDef:
+    """Change `tree`, in which `found` was found, in place; returns it."""
+    first = [*tree.args.posonlyargs, *tree.args.args][0].arg
+    changes: dict[int, _Replace] = {}
+    for number, site in enumerate(found.sites):
+        _site(changes, site, first, f"_gemma_fold_{number}")
+    if found.entry is not None:
+        name = ast.Constant(found.entry.name)
+        changes[id(found.entry.node)] = lambda node: _call(
+            first, "_entered", [_argument(node), name]
+        )
+    changed = _Rewriter(changes).visit(tree)
+    assert isinstance(changed, ast.FunctionDef)
+    return ast.fix_missing_locations(changed)
+
+
+def _site(changes: dict[int, _Replace], site: Site, first: str, pair: str) -> None:
+    normed = site.dropout or site.post
+    changes[id(site.post.node)] = changes[id(normed.node)] = _argument
+    names = [site.post.name, *([site.pre.name] if site.pre is not None else [])]
+    names.append(site.dropout.name if site.dropout is not None else "")
+
+    def fused(node: ast.expr) -> ast.expr:
+        assert isinstance(node, ast.BinOp)
+        left = ast.Constant(site.add.inputs[0] is normed)
+        operands = [node.left, node.right, left, *map(ast.Constant, names)]
+        if site.pre is None:
+            return _call(first, "_left", operands)
+        kept = ast.NamedExpr(ast.Name(pair, ast.Store()), _call(first, "_fused", operands))
+        return ast.Subscript(kept, ast.Constant(0), ast.Load())
+
+    def popped(node: ast.expr) -> ast.expr:
+        argument = _argument(node)
+        value = ast.Call(ast.Attribute(ast.Name(pair, ast.Load()), "pop", ast.Load()), [], [])
+        if isinstance(argument, ast.Name):
+            return value
+        both = ast.Tuple([argument, value], ast.Load())  # the add may be inside, and comes first
+        return ast.Subscript(both, ast.Constant(1), ast.Load())
+
+    changes[id(site.add.node)] = fused
+    if site.pre is not None:
+        changes[id(site.pre.node)] = popped
+
+
+def _argument(node: ast.expr) -> ast.expr:
+    assert isinstance(node, ast.Call)
+    return node.args[0]
+
+
+def _call(first: str, method: str, arguments: list[ast.expr]) -> ast.expr:
+    function = ast.Attribute(ast.Name(first, ast.Load()), method, ast.Load())
+    return ast.Call(function, arguments, [])
+
+
+class _Rewriter(ast.NodeTransformer):
+    def __init__(self, changes: dict[int, _Replace]) -> None:
+        self._changes = changes
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        change = self._changes.get(id(node))
+        self.generic_visit(node)
+        if change is None:
+            return node
+        assert isinstance(node, ast.expr)
+        return change(node)

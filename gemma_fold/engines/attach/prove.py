@@ -1,4 +1,4 @@
-"""Run a layer's forward and its fused form on the same random inputs, and compare.
+"""How the layers of a model are fused, and the proof: both forms run on the same random inputs.
 
 The layers that run are stand-ins, so that this needs neither weights nor the arguments of a real
 attention: the norms are real and have random gains, and every other part is a block that turns its
@@ -11,25 +11,121 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gemma_fold.engines.attach import code, pattern
+from gemma_fold.engines.attach.flow import Unfollowable
+from gemma_fold.engines.mode import Missing
 from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.errors import first_line
+
+#: Two norms around each of two blocks: fewer are not sandwiches.
+_FEWEST = 4
 
 _INTERNAL = frozenset(vars(nn.Module())) | {"handoff", "follower", "plain"}
 #: On a GPU the fused operator sums in another order: a few last bits of what it returns.
 _TOLERANCE = {torch.bfloat16: 2.0**-5, torch.float32: 1e-4}
 
 Link = Callable[[list[nn.Module]], None]
+_proved: dict[tuple[type[nn.Module], type[nn.Module], bool], str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a layer decides how it is fused: its class, its norms and its dropouts, by name."""
+
+    base: type[nn.Module]
+    norms: tuple[str, ...]
+    dropouts: tuple[str, ...]
+
+    @property
+    def sandwiches(self) -> int:
+        return len(self.norms) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a layer is fused.
+
+    Attributes:
+        forward: the changed function; None if nothing is fused.
+        fused: how many sandwiches are.
+        entry: the norm of what comes in, which the layer before may do.
+        missing: the norms of the other sandwiches, each with the reason.
+        tree: of the forward, changed.
+    """
+
+    forward: Callable[..., Any] | None = None
+    fused: int = 0
+    entry: str = ""
+    missing: tuple[tuple[str, str], ...] = ()
+    tree: Any = None
+
+
+def shape_of(layer: nn.Module) -> Shape | None:
+    """The shape of a layer with sandwiches; None for any other module."""
+    norms = tuple(
+        name for name, child in layer.named_children() if type(child) is FoldedNorm and child.is_rms
+    )
+    if len(norms) < _FEWEST:
+        return None
+    dropouts = tuple(name for name, x in layer.named_children() if type(x) is nn.Dropout)
+    return Shape(type(layer), norms, dropouts)
+
+
+def plan(shape: Shape) -> Plan:
+    """How layers of this shape are fused, by the forward that their class has now."""
+    return _plan(shape, shape.base.forward)
+
+
+@cache
+def _plan(shape: Shape, forward_now: Callable[..., Any]) -> Plan:
+    try:
+        read = code.read(forward_now)
+        found = pattern.find(read.tree, shape.norms, shape.dropouts, read.function.__globals__)
+        if not found.sites:
+            return Plan(missing=found.missing)
+        forward = code.rebuilt(read, pattern.rewrite(read.tree, found))
+    except (code.Unreadable, Unfollowable) as error:
+        return Plan(missing=(("", str(error)),))
+    entry = found.entry.name if found.entry is not None else ""
+    return Plan(forward, len(found.sites), entry, found.missing, read.tree)
+
+
+def proved(layer: nn.Module, plan: Plan, fused: type[nn.Module], link: Link) -> str:
+    """Why a plan does not stand; empty if the fused class does what the layer's own does."""
+    key = (type(layer), fused, device_of(layer).type == "cuda")
+    if key not in _proved:
+        _proved[key] = differs(layer, plan.tree, fused, link)
+    return _proved[key]
+
+
+def count_missing(found: list[tuple[Shape, Plan]]) -> tuple[Missing, ...]:
+    """What the layers of a model miss, each kind once."""
+    kinds: Counter[tuple[str, str, str]] = Counter()
+    for shape, one in found:
+        short = shape.sandwiches - one.fused
+        reasons = one.missing or (("", "its forward has fewer sandwiches than its norms suggest"),)
+        for norm, reason in reasons[: max(short, 0)]:
+            kinds[f"{shape.base.__name__}.forward", norm, reason] += 1
+    return tuple(Missing(*kind, layers) for kind, layers in kinds.items())
 
 
 def differs(layer: nn.Module, tree: ast.FunctionDef, fused: type[nn.Module], link: Link) -> str:
-    """How `fused` differs from the class of `layer`, in words; empty where it does not.
+    """How `fused` differs from the class of `layer`, in words; empty if it does not.
 
-    tree: the forward. link: makes fused layers neighbours.
+    Args:
+        layer: one with its own forward.
+        tree: that forward.
+        fused: the class with the changed forward.
+        link: makes fused layers neighbours.
     """
     base = type(layer)
     device = device_of(layer)
@@ -37,10 +133,10 @@ def differs(layer: nn.Module, tree: ast.FunctionDef, fused: type[nn.Module], lin
         for grad in (False, True):
             expected = _tried(layer, tree, base, None, dtype, device, grad)
             if isinstance(expected, Exception) and not grad:
-                return f"it cannot be tried on random inputs ({_words(expected)})"
+                return f"it cannot be tried on random inputs ({_reason(expected)})"
             found = _tried(layer, tree, fused, link, dtype, device, grad)
             if isinstance(found, Exception) and not isinstance(expected, Exception):
-                return f"its fused form fails on random inputs ({_words(found)})"
+                return f"its fused form fails on random inputs ({_reason(found)})"
             # What changes its input in place has no gradients, fused or not.
             if not _agree(expected, found, None if device.type == "cpu" else tolerance):
                 return "its fused form gives other values on random inputs"
@@ -193,6 +289,5 @@ def _agree(one: Any, two: Any, tolerance: float | None) -> bool:
     return one is two or bool(one == two)
 
 
-def _words(error: Exception) -> str:
-    text = str(error).partition("\n")[0][:120]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error, 120)}"

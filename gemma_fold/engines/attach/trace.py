@@ -1,10 +1,10 @@
 """Run an engine's forward on stand-ins, to see what it does with a value that is not ready yet.
 
 In vLLM and SGLang a norm after a block may hand its input on, and the next norm then does the work
-of both, with the all-reduce before them. That is right only where nothing else looks at what is
+of both, with the all-reduce before them. That is right only if nothing else looks at what is
 handed on. So the layer's own code runs here with such a value sealed: it may be passed along and
 given to the norm that is waiting for it, and every other use of it is refused. All else is open: it
-can be used in every way, and where a branch depends on it, both ways are taken.
+can be used in every way, and if a branch depends on it, both ways are taken.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _KEPT_MODULES = ("builtins", "itertools")
 
 
 class Refused(Exception):
-    """A sealed value is used, or ends up elsewhere; the message says how."""
+    """A sealed value is used, or ends up elsewhere; the message describes how."""
 
 
 class Sealed:
@@ -113,7 +113,7 @@ for _name in ("bool", "iter", "len", "hash", "index", "call", "format", "repr", 
 
 
 def sealed_in(values: Any) -> str:
-    """What made a sealed value inside `values`; empty where there is none."""
+    """What made a sealed value inside `values`; empty if there is none."""
     if type(values) is Sealed:
         return name_of(values)
     if isinstance(values, Mapping):
@@ -137,7 +137,11 @@ class Ways:
         return self._choices[self._at - 1]
 
     def all(self, run: Callable[[], None]) -> None:
-        """Call `run` once for each way. Raises Refused where there are too many."""
+        """Call `run` once for each way.
+
+        Raises:
+            Refused: there are too many.
+        """
         for _ in range(_MOST_WAYS):
             self._at = 0
             run()
@@ -151,11 +155,7 @@ class Ways:
 
 
 class Self:
-    """Stands for a module: its parts are stand-ins, its methods are its own.
-
-    parts: stand-ins, by attribute. methods: functions of the class. real: the module, for its
-    settings, or None where only its source is at hand.
-    """
+    """Stands for a module: its parts are stand-ins, its methods are its own."""
 
     def __init__(
         self,
@@ -164,6 +164,13 @@ class Self:
         methods: Mapping[str, Callable[..., Any]],
         real: Any = None,
     ) -> None:
+        """
+        Args:
+            ways: the ways through the forward.
+            parts: stand-ins, by attribute.
+            methods: functions of the class.
+            real: the module, for its settings, or None if only its source is at hand.
+        """
         self.__dict__.update(_ways=ways, _parts=parts, _methods=methods, _real=real)
 
     def __getattr__(self, name: str) -> Any:
@@ -186,7 +193,7 @@ def with_open_globals(function: Callable[..., Any], ways: Ways) -> types.Functio
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     if not isinstance(function, types.FunctionType):
-        raise Refused("it is no Python function")
+        raise Refused("it is not a Python function")
     names: dict[str, Any] = {"__builtins__": builtins, "islice": itertools.islice}
     for name in _names(function.__code__):
         real = function.__globals__.get(name)
@@ -214,5 +221,5 @@ def arguments(function: Callable[..., Any], ways: Ways, given: Mapping[str, Any]
     names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     missing = set(given) - set(names)
     if missing:
-        raise Refused(f"it takes no {min(missing)}")
+        raise Refused(f"it has no argument {min(missing)}")
     return {name: given[name] if name in given else Open(ways, name) for name in names}

@@ -7,27 +7,21 @@ What it changes there:
   type or an architecture works as for the original;
 * weights: `weights.py` hands every loader raw weights, whatever was folded, and counts them;
 * norms: `norms.py` keeps the exact fp32 gain beside each zero-centred weight, in step with it;
-* kernels: `native.py` and `layers.py` run gemma-fold's on that gain, `all_reduce.py` gives
-  SGLang's fused all-reduce exact weights.
+* kernels: `norms.py` and `layers.py` run gemma-fold's on that gain, `all_reduce.py` gives SGLang's
+  fused all-reduce exact weights, and `boundary.py` has its other fusions decline native norms.
 
 Models that are not folded keep every object and function they had.
 """
 
 from __future__ import annotations
 
-from gemma_fold.engines.registration import register_once
+from gemma_fold.engines.checks import register_once
 
 
 def register() -> None:
     """The entry point, which SGLang calls. Never raises.
 
-    Where SGLang lacks what gemma-fold attaches to, one warning says so, and folded checkpoints are
-    refused.
+    If SGLang lacks what gemma-fold attaches to, one warning gives the reason, and folded
+    checkpoints are refused.
     """
-    register_once("SGLang", _install, "gemma_fold")
-
-
-def _install() -> None:
-    from gemma_fold.engines.sglang.plugin import register_hooks
-
-    register_hooks()
+    register_once("SGLang", "gemma_fold.engines.sglang.plugin", "gemma_fold")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gemma_fold import ops
-from gemma_fold.engines.sglang.norms import GainedNorm
+from gemma_fold.engines.sglang.norms import GainedNorm, attention_group_size, sum_over_attention
 
 _BIAS = 1.0
 _MAX_TOKENS = 2048  # what SGLang's own workspace holds
@@ -36,7 +36,7 @@ def forward_fused(
     """Around the function behind every `forward_with_allreduce_fusion` of SGLang's norms.
 
     ``x``, ``residual``: [tokens, H]; ``x`` is this rank's part of a sum over the ranks, those that
-    share one attention where `use_attn_tp_group` says so. SGLang's zero-centred norms always do.
+    share one attention if `use_attn_tp_group`. SGLang's zero-centred norms always do.
     """
     if (
         isinstance(norm, GainedNorm)
@@ -51,21 +51,6 @@ def forward_fused(
         if fused is not None:
             return fused
     return original(norm, x, residual, post_residual_addition, weight, use_attn_tp_group)
-
-
-def attention_group_size() -> int:
-    """Ranks that share one attention."""
-    from sglang.srt.runtime_context import get_parallel
-
-    return int(get_parallel().attn_tp_size)
-
-
-def sum_over_attention(x: Tensor) -> Tensor:
-    """``x`` summed over the ranks that share one attention, by SGLang."""
-    from sglang.srt.distributed.parallel_state import get_attn_tp_group
-
-    summed: Tensor = get_attn_tp_group().all_reduce(x)
-    return summed
 
 
 class StockNorm(GainedNorm):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from gemma_fold.engines.sglang.norms import GainedNorm
+from gemma_fold.engines.sglang.norms import NativeNorm
 
 _EDGES = "sglang.srt.layers.layer_boundary"
 #: Functions that decline by None, or what is false; which of them there are depends on the version.
@@ -29,16 +29,13 @@ _log = logging.getLogger("sglang.gemma_fold")
 
 
 def decline(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around those functions: None where a norm among the arguments, or of a plan, is native."""
+    """Around those functions: None if a norm among the arguments, or of a plan, is native."""
     given = (*args, *kwargs.values())
-    if any(_is_native(one) or _is_native(getattr(one, "norm", None)) for one in given):
+    norms = (*given, *(getattr(one, "norm", None) for one in given))
+    if any(isinstance(norm, NativeNorm) for norm in norms):
         _say_declined()
         return None
     return original(*args, **kwargs)
-
-
-def _is_native(value: Any) -> bool:
-    return isinstance(value, GainedNorm) and value.native
 
 
 @cache

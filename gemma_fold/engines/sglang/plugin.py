@@ -12,13 +12,10 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from gemma_fold.engines.checks import native_config
+from gemma_fold.engines.checks import TESTED, marked_config
 from gemma_fold.engines.sglang import all_reduce, boundary, weights
 from gemma_fold.errors import HostError
 from gemma_fold.format.names import MODEL_TYPE
-
-#: The version that the tests run.
-TESTED = "0.5.21"
 
 _LOADER = "sglang.srt.model_loader.loader"
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
@@ -26,7 +23,11 @@ _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """One hook: `parameters` are those of the target that the hook relies on."""
+    """One hook.
+
+    Attributes:
+        parameters: those of the target that the hook relies on.
+    """
 
     target: str
     function: Callable[..., Any]
@@ -34,8 +35,12 @@ class Hook:
     parameters: tuple[str, ...]
 
 
-def register_hooks() -> None:
-    """Register every hook, or none: HostError where one would not fit."""
+def install() -> None:
+    """Register every hook, or none.
+
+    Raises:
+        HostError: one does not fit this version of SGLang.
+    """
     for hook in _HOOKS:
         _check(hook)
     for hook in (*_HOOKS, *_edges()):
@@ -51,14 +56,11 @@ def _edges() -> Iterator[Hook]:
 
 
 def native_config_dict(result: Any, cls: Any, name: Any = "", *args: Any, **kwargs: Any) -> Any:
-    """After `PreTrainedConfig.get_config_dict`: the original config of a folded checkpoint.
-
-    Its `gemma_fold` block stays, under that name: it is how a model knows that it is folded.
-    """
+    """After `PreTrainedConfig.get_config_dict`: the original config of a folded checkpoint."""
     config, rest = result
     if config.get("model_type") != MODEL_TYPE:
         return result
-    return {**native_config(config, str(name)), MODEL_TYPE: config[MODEL_TYPE]}, rest
+    return marked_config(config, str(name)), rest
 
 
 def _check(hook: Hook) -> None:
@@ -73,7 +75,7 @@ def _check(hook: Hook) -> None:
 def _unsupported(target: str) -> HostError:
     return HostError(
         f"gemma-fold cannot attach to SGLang {version('sglang')}: {target} is not what it was in "
-        f"{TESTED}, which is tested; install that"
+        f"{TESTED['sglang'][1]}, which was checked; install that"
     )
 
 

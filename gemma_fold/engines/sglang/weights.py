@@ -21,9 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma_fold.engines.checks import folded_block, lock_problem, lost_gammas
 from gemma_fold.engines.mode import Mode, requested_mode
-from gemma_fold.engines.originals import folded_tensors, original_weight
-from gemma_fold.engines.sglang.norms import GainedNorm, adopt, gained_norms, zero_centred_norms
+from gemma_fold.engines.sglang.norms import (
+    GainedNorm,
+    NativeNorm,
+    adopt,
+    gained_norms,
+    share_workspace,
+    zero_centred_norms,
+)
+from gemma_fold.engines.weights import folded_tensors, original_weight
 from gemma_fold.errors import CheckpointError, GemmaFoldError, UnsupportedModelError
 from gemma_fold.format.manifest import FoldedTensor, read_manifest
 from gemma_fold.format.names import MANIFEST, MODEL_TYPE
@@ -34,7 +42,7 @@ _log = logging.getLogger("sglang.gemma_fold")
 
 @dataclass(slots=True)
 class FoldedWeights:
-    """What a folded model's manifest says, and what came in so far.
+    """What a folded model's manifest lists, and what came in so far.
 
     Attributes:
         source: of the checkpoint, for messages: a folder, a Hub id or the address of a store.
@@ -58,7 +66,7 @@ class FoldedWeights:
 
 
 def choose_mode(folded: bool) -> Mode | None:
-    """The mode of a model about to be built, or None where it is left alone.
+    """The mode of a model about to be built, or None if it is left alone.
 
     A folded one runs stock unless `GEMMA_FOLD` asks for native: on GPUs native mode has not been
     measured in SGLang. An original is left alone unless it asks for native: it is then folded as
@@ -76,7 +84,6 @@ def choose_mode(folded: bool) -> Mode | None:
 def norm_class(norm: nn.Module, mode: Mode) -> type[GainedNorm]:
     """What `norm` becomes. One whose class has a forward of its own keeps SGLang's kernels."""
     from gemma_fold.engines.sglang.all_reduce import StockNorm
-    from gemma_fold.engines.sglang.native import NativeNorm
 
     replaced = type(norm).__module__ != "sglang.srt.layers.layernorm"
     return StockNorm if mode == "stock" or replaced else NativeNorm
@@ -85,7 +92,7 @@ def norm_class(norm: nn.Module, mode: Mode) -> type[GainedNorm]:
 def initialize(original: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """Around SGLang's `_initialize_model`: adopt the norms of a model that is or will be folded."""
     model_config = kwargs["model_config"] if "model_config" in kwargs else args[0]
-    block = getattr(model_config.hf_config, MODEL_TYPE, None)
+    block = folded_block(model_config.hf_config)
     folded = _read_folded(model_config, block) if block is not None else None
     model = original(*args, **kwargs)
     mode = choose_mode(folded is not None)
@@ -99,7 +106,6 @@ def initialize(original: Callable[..., nn.Module], *args: Any, **kwargs: Any) ->
     )
     if mode == "native":
         from gemma_fold.engines.sglang.layers import pair_norms
-        from gemma_fold.engines.sglang.native import share_workspace
 
         if not pair_norms(model):
             share_workspace(model, model_config.hidden_size)
@@ -141,9 +147,9 @@ def update_from_disk(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[bool, str]:
-    """Around the update from disk: say no to a folded checkpoint that this model cannot take.
+    """Around the update from disk: refuse a folded checkpoint that this model cannot take.
 
-    SGLang would read its gammas as raw weights. Where their shape stops it, it goes back to what
+    SGLang would read its gammas as raw weights. If their shape stops it, it goes back to what
     was there by loading the same path again, and the server ends.
     """
     try:
@@ -152,8 +158,8 @@ def update_from_disk(
         return False, str(error)
     if block is None:
         return original(updater, model_path, *args, **kwargs)
-    if not block.get("tensor_lock", True):
-        return False, _without_lock(model_path)
+    if problem := lock_problem(block, model_path, "SGLang"):
+        return False, problem
     if getattr(updater.get_model(), _STATE, None) is None:
         return False, (
             f"{model_path} is a folded checkpoint, and the model being served was loaded from an "
@@ -181,18 +187,12 @@ def check_complete(model: nn.Module) -> None:
     state: FoldedWeights | None = getattr(model, _STATE, None)
     if state is None or not state.seen:
         return
+    norms = dict(gained_norms(model))
+    lost = [name for name, norm in norms.items() if not norm.given]
     missing = sorted(state.tensors.keys() - state.seen)
-    if missing:
-        raise CheckpointError(
-            f"{state.source} gives no gamma for {missing[0]} ({len(missing)} of "
-            f"{len(state.tensors)} in {MANIFEST}); fold the original again"
-        )
-    lost = [name for name, norm in gained_norms(model) if not norm.given]
-    if lost:
-        raise CheckpointError(
-            f"{state.source} gives no gamma for the norm {lost[0]} ({len(lost)} of this model); "
-            f"the weights and {MANIFEST} belong to another model: fold the original again"
-        )
+    for names, count in ((missing, len(state.tensors)), (lost, len(norms))):
+        if names:
+            raise CheckpointError(lost_gammas(state.source, names, count))
 
 
 def _accept_gammas(model: nn.Module, state: FoldedWeights) -> None:
@@ -211,28 +211,21 @@ def _accept_gammas(model: nn.Module, state: FoldedWeights) -> None:
 
 
 def _folded_block(name: str) -> Mapping[str, Any] | None:
-    """What the config of a checkpoint says of its folding; None where it has none to read."""
+    """The gemma_fold block of a checkpoint's config; None if it has none to read."""
     from transformers import PreTrainedConfig
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError):
-        return None  # SGLang says what is wrong with it, or reads weights without a config
+        return None  # SGLang reports what is wrong with it, or reads weights without a config
     block: Mapping[str, Any] | None = config.get(MODEL_TYPE)
     return block
 
 
-def _without_lock(name: str) -> str:
-    return (
-        f"{name} was written with --no-tensor-lock, so SGLang cannot tell its gammas from "
-        "raw weights; convert the original again without that option"
-    )
-
-
 def _read_folded(model_config: Any, block: Mapping[str, Any]) -> FoldedWeights:
     name = os.fspath(model_config.model_path)
-    if not block.get("tensor_lock", True):
-        raise UnsupportedModelError(_without_lock(name))
+    if problem := lock_problem(block, name, "SGLang"):
+        raise UnsupportedModelError(problem)
     remote = getattr(model_config, "model_weights", None)
     if remote is not None:
         return FoldedWeights(str(remote), _remote_manifest(str(remote)))

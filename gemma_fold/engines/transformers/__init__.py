@@ -14,14 +14,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemma_fold.engines.transformers.models import fold_model, unfold_model
     from gemma_fold.engines.transformers.plugin import install, load
+    from gemma_fold.engines.transformers.weights import fold_model, unfold_model
 
 _HOME = {
-    "fold_model": "gemma_fold.engines.transformers.models",
+    "fold_model": "gemma_fold.engines.transformers.weights",
     "install": "gemma_fold.engines.transformers.plugin",
     "load": "gemma_fold.engines.transformers.plugin",
-    "unfold_model": "gemma_fold.engines.transformers.models",
+    "unfold_model": "gemma_fold.engines.transformers.weights",
 }
 
 __all__ = ["fold_model", "install", "load", "unfold_model"]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_fold import ops
-from gemma_fold.engines.attach.layers import (
+from gemma_fold.engines.attach.prove import (
     Plan,
     Shape,
     count_missing,
@@ -31,9 +31,8 @@ from gemma_fold.engines.attach.layers import (
     proved,
     shape_of,
 )
-from gemma_fold.engines.attach.report import Missing
-from gemma_fold.engines.transformers.hooks import Watched
-from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.engines.mode import Missing
+from gemma_fold.engines.transformers.norms import FoldedNorm, Watched
 from gemma_fold.ops import checks
 
 
@@ -41,7 +40,9 @@ from gemma_fold.ops import checks
 class Waiting:
     """What a layer leaves for the next one: the hidden states for it, and their first norm.
 
-    version: counts changes in place of the hidden states; None in inference mode, which does not.
+    Attributes:
+        version: counts changes in place of the hidden states; None in inference mode, which does
+            not.
     """
 
     layer: SandwichLayer
@@ -62,7 +63,7 @@ class SandwichLayer(Watched):
     Attributes:
         shape: how it was fused.
         entry: the attribute of the norm that `_entered` runs, or empty.
-        follower: the layer called next, as far as the model's list of layers tells.
+        follower: the layer called next, as far as the model's list of layers shows.
         handoff: where the layer before leaves what it has for this one.
     """
 
@@ -89,7 +90,7 @@ class SandwichLayer(Watched):
     ) -> list[Tensor]:
         """``[total, pre(total)]`` with ``total = one + two``, one of them through `post` first.
 
-        `left` says that it is the first. It goes through the dropout too, if there is one.
+        `left`: it is the first. It goes through the dropout too, if there is one.
         """
         return _sandwich(
             one, two, left, self._modules[post], self._modules[pre], self._modules.get(dropout)
@@ -169,7 +170,7 @@ def _sandwich(
     pre: nn.Module | None,
     dropout: nn.Module | None,
 ) -> list[Tensor]:
-    """Fused where all of it is plain."""
+    """Fused if all of it is plain."""
     x, residual = (one, two) if left else (two, one)
     if (
         isinstance(post, FoldedNorm)

@@ -4,21 +4,27 @@ A zero-centred norm becomes a :class:`FoldedNorm` in place: the module object st
 eps and every reference to it stay too; its class and its parameter change. The parameter keeps its
 name and has shape [H, 1], as on disk. That is the tensor lock: in a state dict, [H, 1] is a gamma
 and [H] a raw w, and neither can be loaded as the other by accident.
+
+Modules also know whether anything is attached to them, at the cost of one attribute: a fused
+operator stands for several module calls and must not pass over what is attached to one of them.
+Looking into each module's dictionaries of hooks would be a guard each under torch.compile, checked
+on every call: for a model of 26 layers that takes longer than the norms.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gemma_fold import ops
-from gemma_fold.engines import arithmetic
-from gemma_fold.engines.originals import original_weight
-from gemma_fold.engines.transformers.hooks import Watched
+from gemma_fold.engines.weights import fold as fold_weight
+from gemma_fold.engines.weights import original_weight, unfold
 from gemma_fold.errors import UnsupportedModelError
 from gemma_fold.format.manifest import FoldedTensor
 from gemma_fold.ops import checks
@@ -28,6 +34,51 @@ from gemma_fold.rules import Fold
 #: Names a zero-centred norm gives its gain.
 _GAIN_NAMES = ("weight", "gamma")
 _EPSILON_NAMES = ("eps", "variance_epsilon")
+
+
+class Watched(nn.Module):
+    """A module with an attribute `plain`: its call runs its forward and nothing else.
+
+    Hooks that are removed again leave it false: results do not depend on it.
+    """
+
+    plain: bool = True
+
+    def watch(self) -> None:
+        """Look once at what is attached already; from then on additions are noticed."""
+        self.__dict__["plain"] = not (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or "forward" in self.__dict__
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":  # offloading and output capture replace it on the instance
+            self.__dict__["plain"] = False
+        super().__setattr__(name, value)
+
+
+def _noticing(method: str) -> Callable[..., Any]:
+    original = getattr(nn.Module, method)
+
+    @wraps(original)
+    def register(self: Watched, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__["plain"] = False
+        return original(self, *args, **kwargs)
+
+    return register
+
+
+for _name in (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_backward_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+):
+    setattr(Watched, _name, _noticing(_name))
 
 
 class FoldedNorm(Watched):
@@ -40,7 +91,7 @@ class FoldedNorm(Watched):
         epsilon: added to the mean square or the variance.
         group: columns normed together, or None for all of them.
         is_rms: whether it is an RMSNorm of whole rows that adds in fp32, as nearly all are.
-        source: what the manifest says of its gamma, where a checkpoint gave it under that name.
+        source: what the manifest says of its gamma, if a checkpoint gave it under that name.
     """
 
     origin: type[nn.Module]
@@ -58,10 +109,17 @@ class FoldedNorm(Watched):
     ) -> FoldedNorm:
         """Turn the zero-centred norm `module` into a folded one, in place; returns it.
 
-        A weight on the meta device gives a gamma on the meta device, to be loaded: [H, 1] where
-        `locked`, else [H]. The parameter stays the same object, as optimizers need, unless it is
-        `shared` with another module. Raises UnsupportedModelError for a norm that cannot be folded
-        here.
+        A weight on the meta device gives a gamma on the meta device, to be loaded. The parameter
+        stays the same object, as optimizers need, unless it is shared.
+
+        Args:
+            module: the norm.
+            fold: the arithmetic of its family.
+            locked: whether gamma has shape [H, 1], else [H].
+            shared: whether another module has the parameter too.
+
+        Raises:
+            UnsupportedModelError: the norm cannot be folded here.
         """
         name = gain_name(module)
         weight = module._parameters[name]
@@ -78,7 +136,7 @@ class FoldedNorm(Watched):
             gamma = torch.empty(shape, dtype=torch.float32, device="meta")
         else:
             with torch.no_grad():
-                gamma = arithmetic.fold(weight, fold.offset).reshape(shape)
+                gamma = fold_weight(weight, fold.offset).reshape(shape)
         module.__dict__.update(
             origin=type(module),
             fold=fold,
@@ -104,7 +162,7 @@ class FoldedNorm(Watched):
         with torch.no_grad():
             gamma = parameter.view(-1)
             weight = (
-                arithmetic.unfold(gamma, self.fold.offset, dtype)
+                unfold(gamma, self.fold.offset, dtype)
                 if self.source is None
                 else original_weight(gamma, self.source).to(dtype)
             )
@@ -118,7 +176,7 @@ class FoldedNorm(Watched):
 
     @property
     def gain(self) -> nn.Parameter:
-        """The parameter itself: fp32 [H, 1]; what a parametrization makes of it if it has one."""
+        """The parameter itself: fp32 [H, 1]; what a parametrization makes of it if there is one."""
         parameter = self._parameters.get(self.gain_name)
         return getattr(self, self.gain_name) if parameter is None else parameter
 
@@ -141,7 +199,7 @@ class FoldedNorm(Watched):
     def fold_raw(self) -> None:
         """Fold a raw w that was loaded into the unlocked parameter, and lock it again."""
         gain = self.gain
-        gamma = arithmetic.fold(gain.detach(), self.fold.offset)[:, None]
+        gamma = fold_weight(gain.detach(), self.fold.offset)[:, None]
         self._parameters[self.gain_name] = _with_value(gain, gamma, keep=True)
 
     def lock(self) -> None:
@@ -156,13 +214,16 @@ class FoldedNorm(Watched):
         if self.is_rms:
             return self._rms_norm(x, gamma)
         if self.fold.norm == "layer_norm":
+            gamma, bias = gamma.to(x.dtype), self._parameters.get("bias")
             if self.fold.mul_dtype == "storage":
-                return arithmetic.layer_norm_then_scale(x, gamma, _epsilon(self))
-            return arithmetic.layer_norm(x, gamma, self._parameters.get("bias"), _epsilon(self))
+                return F.layer_norm(x, gamma.shape, None, None, _epsilon(self)) * gamma
+            return F.layer_norm(x, gamma.shape, gamma, bias, _epsilon(self))
         if self.fold.add_dtype == "storage":
+            # The rounded fp32 sum is the sum in that dtype: torch, too, adds a scalar in fp32 and
+            # rounds once.
             gamma = gamma.to(x.dtype).float()
         if self.group is not None:
-            return arithmetic.grouped_rms_norm(x, gamma, self.group, self.epsilon)
+            return _grouped_rms_norm(x, gamma, self.group, self.epsilon)
         return self._rms_norm(x, gamma)
 
     def _rms_norm(self, x: Tensor, gamma: Tensor) -> Tensor:
@@ -203,11 +264,11 @@ class FoldedNorm(Watched):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # A raw w, from an original checkpoint, a trainer or an adapter: shape [H] says so.
+        # A raw w, from an original checkpoint, a trainer or an adapter: it has shape [H].
         key = prefix + self.gain_name
         weight = state_dict.get(key)
         if isinstance(weight, Tensor) and weight.dim() == 1:
-            state_dict = {**state_dict, key: arithmetic.fold(weight, self.fold.offset)[:, None]}
+            state_dict = {**state_dict, key: fold_weight(weight, self.fold.offset)[:, None]}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -218,8 +279,15 @@ class FoldedNorm(Watched):
             install()
 
 
+def _grouped_rms_norm(x: Tensor, gamma: Tensor, group_size: int, eps: float) -> Tensor:
+    """RMSNorm of every ``group_size`` columns by themselves, then the gain of all H columns."""
+    x32 = x.float().reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
+    normed: Tensor = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed.flatten(-2) * gamma).to(x.dtype)
+
+
 def _with_value(parameter: nn.Parameter, value: Tensor, *, keep: bool) -> nn.Parameter:
-    """`parameter` with another `value`, shape and dtype; a new one where it cannot be kept.
+    """`parameter` with another `value`, shape and dtype; a new one if it cannot be kept.
 
     An optimizer made before holds the object, and would train nothing if it were another one.
     """
@@ -234,7 +302,11 @@ def _with_value(parameter: nn.Parameter, value: Tensor, *, keep: bool) -> nn.Par
 
 
 def gain_name(module: nn.Module) -> str:
-    """The name of a zero-centred norm's gain. Raises UnsupportedModelError where it has none."""
+    """The name of a zero-centred norm's gain.
+
+    Raises:
+        UnsupportedModelError: it has none.
+    """
     for name in _GAIN_NAMES:
         if module._parameters.get(name) is not None:
             return name
@@ -251,6 +323,5 @@ def _epsilon(module: nn.Module) -> float:
             if isinstance(value, float):
                 return value
     raise UnsupportedModelError(
-        f"a {type(module).__name__} has no eps where one is expected; "
-        "this version of the model is not supported"
+        f"a {type(module).__name__} has no eps; this version of the model is not supported"
     )

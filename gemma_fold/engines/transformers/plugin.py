@@ -2,9 +2,11 @@
 
 These functions of transformers are wrapped, and nothing is copied:
 
-* `PreTrainedConfig.get_config_dict` hands every loader, Auto or concrete, the original config,
-  which `lent_config` keeps off the disk until a model is loaded with it. `readers` meets those
-  there that would add 1 to a gamma.
+* `PreTrainedConfig.get_config_dict` hands every loader, Auto or concrete, the original config with
+  a mark. Programs that copy tensors from files and a config from transformers (mergekit does) would
+  write it beside gammas, without the config lock. So `to_json_file` refuses a marked config; a
+  model that is loaded or saved takes the mark off its own. `readers` meets those there that would
+  add 1 to a gamma.
 * `PreTrainedModel._load_pretrained_model` meets the built model before its weights are read. Its
   zero-centred norms become folded norms there, whose fp32 [H, 1] parameters take the gammas from
   disk unchanged; sharding, offloading and quantization of the rest go their usual way.
@@ -25,16 +27,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from gemma_fold.checkpoint.header import read_header
 from gemma_fold.checkpoint.locate import hub_id
 from gemma_fold.checkpoint.source import CONFIG
-from gemma_fold.engines.checks import check_loaded, native_config
-from gemma_fold.errors import CheckpointError, HostError, UnsupportedModelError
-from gemma_fold.format.manifest import read_manifest
+from gemma_fold.engines.checks import check_version, native_config, read_folded
+from gemma_fold.errors import CheckpointError, HostError, UnsupportedModelError, UsageError
 from gemma_fold.format.names import MANIFEST, MODEL_TYPE
-from gemma_fold.format.reader import check_gammas
-
-MINIMUM = (5, 17)
 
 try:
     import transformers
@@ -45,18 +42,19 @@ except ModuleNotFoundError as error:
         "transformers is not installed; install it with: pip install 'gemma-fold[transformers]'"
     ) from None
 
-from transformers import PreTrainedConfig, PreTrainedModel  # noqa: E402
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
-from transformers.utils import cached_file  # noqa: E402
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 
-from gemma_fold.checkpoint.target import target_folder  # noqa: E402
-from gemma_fold.engines.transformers.lent_config import keep_lent_configs_off_disk, lend, release  # noqa: E402
-from gemma_fold.engines.transformers.models import adopt_norms  # noqa: E402
-from gemma_fold.engines.transformers.norms import FoldedNorm  # noqa: E402
-from gemma_fold.engines.transformers.readers import unfold_for_readers  # noqa: E402
-from gemma_fold.engines.transformers.save import save_folded  # noqa: E402
+from gemma_fold.checkpoint.target import target_folder
+from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.engines.transformers.readers import unfold_for_readers
+from gemma_fold.engines.transformers.save import save_folded
+from gemma_fold.engines.transformers.weights import load_gammas, load_raw_gains
 
 _installed = False
+#: The attribute of a config that holds the name of the checkpoint. It is not serialized.
+_MARK = "_gemma_fold_source"
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -78,8 +76,14 @@ class UnknownModelTypeError(UnsupportedModelError, ValueError):
 def load(path_or_hub_id: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Load a folded checkpoint as the transformers model it was made from.
 
-    `path_or_hub_id` is a folder or a Hub id (`org/name[@revision]`); `kwargs` go to
-    `from_pretrained` (dtype, device_map, ...). The class is the one the original's config names.
+    The class is the one the original's config names.
+
+    Args:
+        path_or_hub_id: a folder or a Hub id (`org/name[@revision]`).
+        **kwargs: of `from_pretrained` (dtype, device_map, ...).
+
+    Returns:
+        A model whose norms are folded.
 
     Raises:
         CheckpointError: not a folded checkpoint, of a later format, or damaged.
@@ -132,17 +136,41 @@ def _too_old(name: str, what: str, base: dict[str, Any]) -> str:
     )
 
 
-def _wrap_get_config_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def get_config_dict(cls: type, pretrained: str | os.PathLike[str], **kwargs: Any) -> Any:
-        unfold_for_readers()
-        config, rest = original(cls, pretrained, **kwargs)
-        if config.get("model_type") == MODEL_TYPE:
-            config = lend(native_config(config, str(pretrained)), str(pretrained))
-            _check_model_type(config, str(pretrained))
-        return config, rest
+def _lend(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The original config with the mark, which the config object made from it keeps."""
+    unfold_for_readers()
+    lent = {**native_config(config, where), _MARK: where}
+    _check_model_type(lent, where)
+    return lent
 
-    return get_config_dict
+
+def _release(config: Any) -> None:
+    """Take the mark off the config of a model."""
+    vars(config).pop(_MARK, None)
+
+
+def _without_mark(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @wraps(original)
+    def to_dict(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = original(self, *args, **kwargs)
+        found.pop(_MARK, None)
+        return found
+
+    return to_dict
+
+
+def _refusing(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def to_json_file(self: Any, *args: Any, **kwargs: Any) -> None:
+        source = vars(self).get(_MARK)
+        if source is not None:
+            raise UsageError(
+                f"{source} is a folded checkpoint, whose original config must not be saved without "
+                f"the original's weights; `gemma-fold unfold {source}` and start from the result"
+            )
+        original(self, *args, **kwargs)
+
+    return to_json_file
 
 
 def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,66 +183,12 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
         folder = None if state_dict else _folded_folder(checkpoint_files, load_config)
         if folder is None:
-            return _load_raw_gains(model, go_on)
-        manifest = read_manifest(folder)
-        headers = {Path(file).name: read_header(Path(file)) for file in checkpoint_files}
-        check_gammas(manifest, headers, folder)
-        norms = adopt_norms(model, locked=manifest.tensor_lock)
-        info, offloaded = go_on()
-        check_loaded(
-            gain_names(model),
-            info.missing_keys,
-            (name for name, *_ in info.mismatched_keys),
-            folded=len(manifest.tensors),
-            unused=len(info.unexpected_keys),
-            folder=folder,
-        )
-        if not manifest.tensor_lock:
-            for norm in norms:
-                norm.lock()
-        for name, norm in _gains(model).items():
-            norm.__dict__["source"] = manifest.tensors.get(name)
-        release(model.config)
-        return info, offloaded
+            return load_raw_gains(model, go_on)
+        result = load_gammas(model, folder, checkpoint_files, go_on)
+        _release(model.config)
+        return result
 
     return load_pretrained_model
-
-
-def _load_raw_gains(model: Any, load: Callable[[], Any]) -> Any:
-    """`load()` into `model`; where it finds a raw w, [H], for a folded norm, that w is folded.
-
-    An adapter with trained norms that was made on the original has them. Their names are known only
-    after transformers has renamed them, which is when it finds that the shapes differ.
-    """
-    info, offloaded = load()
-    gains = _gains(model)
-    raw = [
-        gains[name]
-        for name, given, expected in info.mismatched_keys
-        if name in gains and (*given, 1) == tuple(expected)
-    ]
-    if not raw:
-        return info, offloaded
-    for norm in raw:
-        norm.unlock()
-    info, offloaded = load()
-    for norm in raw:
-        norm.fold_raw()
-    return info, offloaded
-
-
-def gain_names(model: Any) -> list[str]:
-    """Parameter names of the folded norms of `model`."""
-    return list(_gains(model))
-
-
-def _gains(model: Any) -> dict[str, FoldedNorm]:
-    """The folded norms of `model` by the names of their parameters."""
-    return {
-        f"{name}.{module.gain_name}" if name else module.gain_name: module
-        for name, module in model.named_modules()
-        if isinstance(module, FoldedNorm)
-    }
 
 
 def _folded_folder(files: list[str] | None, load_config: Any) -> Path | None:
@@ -223,7 +197,7 @@ def _folded_folder(files: list[str] | None, load_config: Any) -> Path | None:
         return None
     folder = Path(files[0]).parent
     if not (folder / MANIFEST).is_file():
-        if not _says_folded(_fetch(folder, CONFIG, load_config)):
+        if not _is_folded(_fetch(folder, CONFIG, load_config)):
             return None
         if _fetch(folder, MANIFEST, load_config) is None:
             raise CheckpointError(
@@ -233,7 +207,7 @@ def _folded_folder(files: list[str] | None, load_config: Any) -> Path | None:
 
 
 def _fetch(folder: Path, name: str, load_config: Any) -> Path | None:
-    """A file beside the weights; from the Hub only where the weights come from there."""
+    """A file beside the weights; from the Hub only if the weights come from there."""
     if (folder / name).is_file():
         return folder / name
     source = load_config.pretrained_model_name_or_path
@@ -244,19 +218,19 @@ def _fetch(folder: Path, name: str, load_config: Any) -> Path | None:
     return Path(found) if found else None
 
 
-def _says_folded(config: Path | None) -> bool:
+def _is_folded(config: Path | None) -> bool:
     if config is None:
         return False
     try:
         return bool(json.loads(config.read_bytes()).get("model_type") == MODEL_TYPE)
     except (ValueError, AttributeError):
-        return False  # whoever reads it next says what is wrong with it
+        return False  # whoever reads it next reports what is wrong with it
 
 
 def _wrap_save(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        release(self.config)  # of a model made from the config alone: its weights are its own
+        _release(self.config)  # of a model made from the config alone: its weights are its own
         if getattr(self, "_hf_peft_config_loaded", False):  # saves its adapters only
             return original(self, save_directory, *args, **kwargs)
         if not any(isinstance(module, FoldedNorm) for module in self.modules()):
@@ -283,25 +257,13 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if version < MINIMUM:
-        raise HostError(
-            f"transformers {transformers.__version__} is too old for folded checkpoints; "
-            f"pip install --upgrade 'transformers>={MINIMUM[0]}.{MINIMUM[1]}'"
-        )
-    try:
-        get_config_dict = PreTrainedConfig.__dict__["get_config_dict"].__func__
-        load_pretrained_model = PreTrainedModel.__dict__["_load_pretrained_model"].__func__
-        parameters = list(inspect.signature(load_pretrained_model).parameters)
-    except (KeyError, AttributeError, ValueError):
-        parameters = []
-    if parameters[:4] != ["model", "state_dict", "checkpoint_files", "load_config"]:
-        raise HostError(
-            f"transformers {transformers.__version__} loads models in a way this gemma-fold does "
-            "not know; upgrade gemma-fold, or install an earlier transformers"
-        )
-    PreTrainedConfig.get_config_dict = classmethod(_wrap_get_config_dict(get_config_dict))
-    PreTrainedModel._load_pretrained_model = staticmethod(_wrap_load(load_pretrained_model))
+    load: Any = getattr(PreTrainedModel, "_load_pretrained_model", None)
+    parameters = ["model", "state_dict", "checkpoint_files", "load_config"]
+    check_version("transformers", transformers.__version__, load, parameters)
+    get_config_dict = PreTrainedConfig.__dict__["get_config_dict"].__func__
+    PreTrainedConfig.get_config_dict = classmethod(read_folded(get_config_dict, _lend))
+    PreTrainedModel._load_pretrained_model = staticmethod(_wrap_load(load))
     PreTrainedModel.save_pretrained = _wrap_save(PreTrainedModel.save_pretrained)
-    keep_lent_configs_off_disk()
+    PreTrainedConfig.to_dict = _without_mark(PreTrainedConfig.to_dict)
+    PreTrainedConfig.to_json_file = _refusing(PreTrainedConfig.to_json_file)
     _installed = True

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from gemma_fold.engines.transformers.models import unfold_model
 from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.engines.transformers.weights import unfold_model
 
 _CTRANSLATE2 = "ctranslate2.converters.transformers"
 

@@ -4,7 +4,7 @@ transformers writes the weights, with each gamma as fp32 [H, 1], and the origina
 here are the manifest and the config lock. The manifest's source is the checkpoint that the same
 model would have saved unfolded, so `gemma-fold unfold` and `verify` work on the result.
 
-All of it is written into a work folder first. Where the target is absent or empty, it appears in
+All of it is written into a work folder first. If the target is absent or empty, it appears in
 one step; otherwise the files replace those of the model that was there, and until the last one is
 in place the folder has no config.json, without which nothing loads it. What a kill cuts off, the
 next run for the same folder finishes.
@@ -38,11 +38,11 @@ from gemma_fold.checkpoint.source import (
     resized_index,
 )
 from gemma_fold.checkpoint.staging import open_staging, settle
-from gemma_fold.engines.transformers.models import refuse_parametrized, weights_dtype
 from gemma_fold.engines.transformers.norms import FoldedNorm
+from gemma_fold.engines.transformers.weights import refuse_parametrized, weights_dtype
 from gemma_fold.errors import CheckpointError, UnsupportedModelError, UsageError
 from gemma_fold.format.arithmetic import decode, fold, unfold
-from gemma_fold.format.manifest import FoldedTensor, Manifest, SourceFile, folded_config
+from gemma_fold.format.manifest import FoldedTensor, SourceFile, folded_config, manifest_of
 from gemma_fold.format.names import MANIFEST, SAVED
 from gemma_fold.rules import TensorRule, classify
 
@@ -66,8 +66,16 @@ def save_folded(
     A gamma that training moved to a value no fp32 w folds to is rounded to the nearest that one
     does, by a last bit of w: the format promises that every gamma can be unfolded.
 
-    Raises UsageError for options format 1 has no place for, UnsupportedModelError or
-    CheckpointError where what was written cannot be completed; every loader refuses it then.
+    Args:
+        save_pretrained: transformers' own.
+        model: with folded norms.
+        folder: where it is saved.
+        arguments: of the call of `save_pretrained`.
+
+    Raises:
+        UsageError: an option that format 1 has no place for.
+        UnsupportedModelError: what was written cannot be completed; every loader refuses it then.
+        CheckpointError: so it cannot, because it is not what was expected.
     """
     given = {**arguments.arguments, **arguments.arguments.get("kwargs", {})}
     for option, advice in _UNSUPPORTED.items():
@@ -143,30 +151,19 @@ def _complete(
         files[file.name] = _source_file(file, plain, here)
         growth += file.state.size - file.header.data_start - (plain.size - plain.data_start)
     config = json.dumps(base, ensure_ascii=False, indent=2) + "\n"
-    plain_index = resized_index(checkpoint, -growth)
-    index = None if plain_index is None else plain_index.decode()
-    for name, text in ((CONFIG, config), (checkpoint.index_name, index)):
-        if name is not None and text is not None:
-            raw = text.encode()
-            files[name] = SourceFile(name, len(raw), blake3=digest_text(raw))
     sizes = {name: state.size for name, state in checkpoint.others.items()} | dict(kept)
     files |= {name: SourceFile(name, size) for name, size in sizes.items()}
     locked = folded_config(base, dtype=base["dtype"], tensors=len(tensors), tensor_lock=True)
-    written = {CONFIG: digest_text(locked)}
-    if checkpoint.index_name is not None and checkpoint.index_raw is not None:
-        written[checkpoint.index_name] = digest_text(checkpoint.index_raw)
-    manifest = Manifest(
+    manifest = manifest_of(
+        checkpoint,
+        (config.encode(), resized_index(checkpoint, -growth)),
+        (locked, checkpoint.index_raw),
+        files,
         origin=Origin(final.absolute().name.encode("utf-8", "backslashreplace").decode()),
         model_type=str(base.get("model_type")),
         tensor_lock=True,
-        config=config,
-        index=index,
-        index_name=checkpoint.index_name,
-        files=files,
-        directories=checkpoint.directories,
         tensors=tensors,
         made_by=SAVED,
-        written=written,
     )
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     (folder / CONFIG).write_bytes(locked)
@@ -188,7 +185,7 @@ def _source_file(file: WeightFile, plain: Layout, here: Mapping[str, FoldedTenso
 def _rules(
     checkpoint: Checkpoint, config: Mapping[str, Any], names: list[str]
 ) -> dict[str, TensorRule]:
-    """The rule of each saved gamma; UnsupportedModelError where rules and model disagree."""
+    """The rule of each saved gamma; UnsupportedModelError if rules and model disagree."""
     shapes = checkpoint.shapes()
     for name in names:
         shape = shapes.get(name, ())

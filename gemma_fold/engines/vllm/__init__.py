@@ -15,18 +15,12 @@ asks for native mode.
 
 from __future__ import annotations
 
-from gemma_fold.engines.registration import register_once
+from gemma_fold.engines.checks import register_once
 
 
 def register() -> None:
     """The entry point. Never raises: a plug-in that does stops vLLM for every model.
 
-    Where vLLM cannot be attached to, one warning says why, and folded checkpoints are refused.
+    If vLLM cannot be attached to, one warning gives the reason, and folded checkpoints are refused.
     """
-    register_once("vLLM", _install, "vllm.gemma_fold")
-
-
-def _install() -> None:
-    from gemma_fold.engines.vllm.plugin import install
-
-    install()
+    register_once("vLLM", "gemma_fold.engines.vllm.plugin", "vllm.gemma_fold")

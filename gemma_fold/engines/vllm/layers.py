@@ -24,16 +24,22 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear
 
-from gemma_fold.engines.mode import VARIABLE, required
-from gemma_fold.engines.vllm.known import Family, family_of, unknown
-from gemma_fold.engines.vllm.norms import NativeNorm, PassedNorm, SandwichNorm, adopt
-from gemma_fold.engines.vllm.qk import adopt_qk_norms
+from gemma_fold.engines.attach.handed import methods_of
+from gemma_fold.engines.known_code import VLLM, Family
+from gemma_fold.engines.mode import refuse_if_required
+from gemma_fold.engines.vllm.norms import (
+    NativeNorm,
+    PassedNorm,
+    SandwichNorm,
+    adopt,
+    adopt_qk_norms,
+)
 from gemma_fold.engines.vllm.weights import Tally, gamma_loader
-from gemma_fold.errors import UnsupportedModelError
 from gemma_fold.ops import checks
 
 logger = init_logger("vllm.gemma_fold")
 
+_BY_MODEL = {(f"vllm.model_executor.models.{one.module}", one.model): one for one in VLLM}
 #: Speculative decoding that reads nothing but the last hidden states.
 _PLAIN_SPECULATION = (None, "mtp", "ngram", "ngram_gpu", "suffix", "draft_model")
 
@@ -42,7 +48,8 @@ _PLAIN_SPECULATION = (None, "mtp", "ngram", "ngram_gpu", "suffix", "draft_model"
 class Native:
     """What native mode needs to know beside the model.
 
-    workspace: name of the all-reduce workspace, or None where vLLM reduces.
+    Attributes:
+        workspace: name of the all-reduce workspace, or None if vLLM reduces.
     """
 
     vllm_config: Any
@@ -51,22 +58,22 @@ class Native:
 
 
 def make_native(model: nn.Module, native: Native) -> int:
-    """Turn the decoders of `model` native, in place; how many norms that are.
+    """Turn the decoders of `model` native, in place; returns how many norms are.
 
     Norms of anything else keep vLLM's own code, with w = gamma - 1.
+
+    Raises:
+        UnsupportedModelError: a decoder cannot be, and GEMMA_FOLD=require asks for it.
     """
     norms = 0
     for module in list(model.modules()):
-        family = family_of(module)
+        family = _BY_MODEL.get((type(module).__module__, type(module).__name__))
         if family is None or isinstance(getattr(module, "norm", None), NativeNorm):
             continue
         layers = list(_local_layers(module))
         problem = _problem(family, module, layers)
-        if problem and required():
-            raise UnsupportedModelError(
-                f"{VARIABLE}=require, but {problem}; upgrade gemma-fold, or unset {VARIABLE}"
-            )
         if problem:
+            refuse_if_required(problem)
             logger.warning_once("gemma-fold: %s; its norms run in stock mode", problem)
             continue
         norms += _Decoder(family, module, layers, native).run()
@@ -83,7 +90,11 @@ def _problem(family: Family, model: Any, layers: list[Any]) -> str:
     """Why a decoder cannot be native; empty if it can."""
     if not layers:
         return f"{family.model} has no layer on this stage"
-    problem = unknown(family, model, layers)
+    if any(type(layer).__name__ != family.layer for layer in layers):
+        return f"vLLM {vllm.__version__}: its layers are not {family.layer}"
+    problem = family.model_problem(methods_of(type(model)), model)
+    for layer in layers:
+        problem = problem or family.layer_problem(methods_of(type(layer)), layer)
     if problem:
         return f"vLLM {vllm.__version__}: {problem}"
     if model.config.hidden_size > checks.MAX_HIDDEN:
@@ -119,12 +130,12 @@ class _Decoder:
 
     def run(self) -> int:
         for layer in self._layers:
-            if self._family.qk_norms:
+            if self._family.attention:
                 self._norms += adopt_qk_norms(
                     layer.self_attn,
                     self._native.vllm_config,
                     self._loader,
-                    self._family.attention_forward,
+                    self._family.attention,
                 )
             self._inside(layer)
         self._adopt(self._layers[0].input_layernorm, NativeNorm)

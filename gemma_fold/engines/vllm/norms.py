@@ -4,19 +4,31 @@ A zero-centred norm becomes one of these in place, by its class and its paramete
 fp32 [H, 1], as on disk, so that nothing can copy a raw w into it: vLLM's updates in kernel format
 copy without asking a loader, and fail on the shape.
 
-Where vLLM's layer calls two norms in a row, the first one passes its input on, and the second one
-does the work of both, together with the all-reduce before them where that was left to it.
+If vLLM's layer calls two norms in a row, the first one passes its input on, and the second one does
+the work of both, together with the all-reduce before them if that was left to it.
+
+The norms of q and k have three modes:
+
+* fused: one launch norms every q and k head in place, right after their projection. The best if
+  each kernel is launched by itself.
+* inline: an expression, which a compiler fuses with the rotary embedding that follows.
+* separate: one operator for q and one for k, if an adapter may replace the projection.
 """
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
+from vllm.config import CompilationMode
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
 from gemma_fold import ops
-from gemma_fold.engines import arithmetic
+from gemma_fold.engines.known_code import statements_digest
+from gemma_fold.engines.mode import requested
 from gemma_fold.engines.vllm.weights import Loader
+from gemma_fold.engines.weights import fold
 
 Normed = Tensor | tuple[Tensor, Tensor]
 
@@ -26,7 +38,7 @@ class NativeNorm(GemmaRMSNorm):  # type: ignore[misc]
 
     Attributes:
         weight: gamma, fp32 [H, 1].
-        workspace: name of the all-reduce workspace where ``x`` is not summed over the ranks yet.
+        workspace: name of the all-reduce workspace if ``x`` is not summed over the ranks yet.
     """
 
     weight: nn.Parameter
@@ -60,7 +72,7 @@ class SandwichNorm(NativeNorm):
     """The norm after a block, the residual add and this norm, as one operator.
 
     Attributes:
-        post: the norm after the block, in a tuple so that it is no submodule.
+        post: the norm after the block, in a tuple so that it is not a submodule.
     """
 
     post: tuple[PassedNorm]
@@ -89,7 +101,7 @@ def adopt(module: nn.Module, cls: type[NativeNorm], loader: Loader) -> NativeNor
     """Turn the zero-centred norm `module` into a `cls` in place, folding what it holds."""
     old = module._parameters["weight"]
     assert old is not None
-    gamma = nn.Parameter(arithmetic.fold(old.data, 1.0)[:, None], requires_grad=False)
+    gamma = nn.Parameter(fold(old.data, 1.0)[:, None], requires_grad=False)
     gamma.weight_loader = loader  # type: ignore[attr-defined]
     gamma.gemma_fold = True  # type: ignore[attr-defined]
     module._parameters["weight"] = gamma
@@ -97,3 +109,67 @@ def adopt(module: nn.Module, cls: type[NativeNorm], loader: Loader) -> NativeNor
     assert isinstance(module, NativeNorm)
     module.workspace = None
     return module
+
+
+QkMode = Literal["fused", "inline", "separate"]
+
+VARIABLE = "GEMMA_FOLD_QK"
+_CLASSES: dict[QkMode, type[NativeNorm]] = {
+    "fused": PassedNorm,
+    "inline": InlineNorm,
+    "separate": NativeNorm,
+}
+
+
+def choose_qk_mode(vllm_config: Any) -> QkMode:
+    """How q and k are normed.
+
+    Raises:
+        UsageError: `GEMMA_FOLD_QK` has another value.
+    """
+    wanted = requested(VARIABLE, _CLASSES)
+    for mode in _CLASSES:
+        if wanted == mode:
+            return mode
+    if vllm_config.compilation_config.mode != CompilationMode.NONE:
+        return "inline"
+    return "separate" if vllm_config.lora_config is not None else "fused"
+
+
+def adopt_qk_norms(attention: Any, vllm_config: Any, loader: Loader, forward: str) -> int:
+    """Turn the q and k norms of `attention` native, in place; returns how many.
+
+    `forward` is the digest of the attention that was read; another one keeps vLLM's norms.
+    """
+    if statements_digest(type(attention).forward) != forward or not all(
+        type(getattr(attention, name, None)) is GemmaRMSNorm for name in ("q_norm", "k_norm")
+    ):
+        return 0
+    mode = choose_qk_mode(vllm_config)
+    for norm in (attention.q_norm, attention.k_norm):
+        adopt(norm, _CLASSES[mode], loader)
+    if mode == "fused":
+        attention.qkv_proj.register_forward_hook(_QkHook(attention))
+    return 2
+
+
+class _QkHook:
+    """Norms the q and k heads in the output of their projection, [tokens, (q, k, v)], in place."""
+
+    def __init__(self, attention: Any) -> None:
+        self._heads = attention.num_heads, attention.num_kv_heads
+        self._ends = attention.q_size, attention.q_size + attention.kv_size
+        self._norms = attention.q_norm, attention.k_norm
+
+    def __call__(self, module: nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
+        qkv = output[0]
+        q_heads, k_heads = self._heads
+        q_end, k_end = self._ends
+        q_norm, k_norm = self._norms
+        ops.qk_rms_norm(
+            qkv[..., :q_end].view(*qkv.shape[:-1], q_heads, -1),
+            qkv[..., q_end:k_end].view(*qkv.shape[:-1], k_heads, -1),
+            q_norm.gamma,
+            k_norm.gamma,
+            q_norm.variance_epsilon,
+        )

@@ -1,4 +1,4 @@
-"""Weight loaders that tell a gamma, `[H, 1]`, from a raw w, `[H]`, and never add or subtract twice.
+"""Weight loaders that take a gamma, `[H, 1]`, or a raw w, `[H]`, and never add or subtract twice.
 
 vLLM calls the `weight_loader` of a parameter on the first load, on reloads and on live updates, and
 copies it to the parameters that it builds for a reload. Each loader here makes exactly one copy of
@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma_fold.engines import arithmetic
-from gemma_fold.engines.originals import original_weight
-from gemma_fold.errors import CheckpointError
+from gemma_fold.engines.weights import fold, is_gamma, original_weight, unfold
 from gemma_fold.format.manifest import FoldedTensor
 from gemma_fold.rules import NORM_CLASSES
 
@@ -48,14 +46,6 @@ class Tally:
     def norms(self) -> int:
         return self.native + self.stock
 
-    def add(self, param: Tensor, gamma: bool) -> None:
-        if param.is_meta:
-            return  # vLLM counts elements first
-        if gamma:
-            self.gammas += 1
-        else:
-            self.raw += 1
-
 
 def zero_centred_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, float]]:
     """Every norm of `model` that adds to its weight: name, module, the weight, what it adds."""
@@ -71,9 +61,9 @@ def zero_centred_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Pa
 def _offset(module: nn.Module) -> float:
     for cls in type(module).__mro__:
         if cls.__module__.startswith("transformers."):  # vLLM can run a model of transformers
-            fold = NORM_CLASSES.get(cls.__name__)
-            if fold is not None:
-                return fold.offset
+            rule = NORM_CLASSES.get(cls.__name__)
+            if rule is not None:
+                return rule.offset
         if cls.__module__.startswith("vllm.") and cls.__name__ in _CLASSES:
             offset = _CLASSES[cls.__name__]
             return float(getattr(module, offset, 0.0) if isinstance(offset, str) else offset)
@@ -107,20 +97,17 @@ def stock_loader(offset: float, tally: Tally | None) -> Loader:
     """For a parameter that holds w: a gamma is unfolded into it."""
 
     def load_zero_centred_weight(param: Tensor, loaded_weight: Tensor) -> None:
-        gamma = _is_gamma(param, loaded_weight)
-        weight = _unfolded(loaded_weight, offset).to(param.dtype) if gamma else loaded_weight
-        if tally is not None:
-            tally.add(param, gamma)
-        _copy(param, weight)
+        gamma = _is_gamma(param, loaded_weight, tally)
+        param.data.copy_(_unfolded(loaded_weight, offset) if gamma else loaded_weight)
 
     return load_zero_centred_weight
 
 
 def _unfolded(gamma: Tensor, offset: float) -> Tensor:
-    """fp32 w [H] of ``gamma``, [H, 1]: the original's own, where the manifest came along."""
+    """fp32 w [H] of ``gamma``, [H, 1]: the original's own, if the manifest came along."""
     source: FoldedTensor | None = getattr(gamma, _SOURCE, None)
     if source is None:
-        return arithmetic.unfold(gamma.view(-1), offset, torch.float32)
+        return unfold(gamma.view(-1), offset, torch.float32)
     return original_weight(gamma.view(-1), source)
 
 
@@ -128,30 +115,15 @@ def gamma_loader(tally: Tally | None) -> Loader:
     """For a parameter that holds gamma, fp32 [H, 1]: a raw w is folded into it."""
 
     def load_gamma(param: Tensor, loaded_weight: Tensor) -> None:
-        gamma = _is_gamma(param, loaded_weight)
-        weight = loaded_weight if gamma else arithmetic.fold(loaded_weight, 1.0)[:, None]
-        if tally is not None:
-            tally.add(param, gamma)
-        _copy(param, weight)
+        gamma = _is_gamma(param, loaded_weight, tally)
+        param.data.copy_(loaded_weight if gamma else fold(loaded_weight, 1.0)[:, None])
 
     return load_gamma
 
 
-def _is_gamma(param: Tensor, loaded: Tensor) -> bool:
-    if loaded.dim() == 1:
-        return False
-    if loaded.shape == (param.shape[0], 1) and loaded.dtype == torch.float32:
-        return True
-    raise CheckpointError(
-        f"a norm of width {param.shape[0]} was given {loaded.dtype} {list(loaded.shape)}; "
-        "it takes its raw weight [H], or its gamma as float32 [H, 1]"
-    )
-
-
-def _copy(param: Tensor, weight: Tensor) -> None:
-    if param.shape != weight.shape:
-        raise CheckpointError(
-            f"a norm of width {param.shape[0]} was given {list(weight.shape)}; "
-            "the weights belong to another model"
-        )
-    param.data.copy_(weight)
+def _is_gamma(param: Tensor, loaded: Tensor, tally: Tally | None) -> bool:
+    gamma = is_gamma(loaded, param.shape[0])
+    if tally is not None and not param.is_meta:  # vLLM counts elements first
+        tally.gammas += gamma
+        tally.raw += not gamma
+    return gamma

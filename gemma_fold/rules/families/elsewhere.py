@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gemma_fold.rules.families.common import PRE_NORMS, QK_NORMS, SANDWICH
-from gemma_fold.rules.model import Evidence, Fold
+from gemma_fold.rules.model import Evidence, Fold, Kind
 from gemma_fold.rules.row import (
     Family,
     Norm,
@@ -127,6 +127,12 @@ ELSEWHERE = (
             "DFlash2DraftModel",
             "DFlash2BeamDraftModel",
             "MiniMaxDFlash2DraftModel",
+            "DFlashLagunaForCausalLM",
+            "DSparkDraftModel",
+            "Lfm2DSparkDraftModel",
+            "LiLiCorrDraftModel",
+            "LingDSparkModel",
+            "Qwen3DSparkModel",
         ),
         roots=("", "model."),
         switches=(Switch("use_gemma_norm", is_true, absent=False),),
@@ -136,7 +142,34 @@ ELSEWHERE = (
             Norm("norm.weight"),
             Norm("{hidden_norm,encoder.output_norm_enc}.weight", optional=True),
         ),
-        evidence=Evidence("read", "SGLang 0.5.23 models/dflash.py:247-250,610-619,695,775"),
+        evidence=Evidence(
+            "read", "SGLang 0.5.23 models/dflash.py:247-250,610-619,695,775,1057, dspark.py:967-981"
+        ),
+    ),
+    Family(  # its full attention is that of Qwen3-Next
+        model_types=("alice_ai",),
+        architectures=("AliceAIForCausalLM",),
+        norms=(
+            Norm(PRE_NORMS),
+            Norm(QK_NORMS, layer_types=("full_attention",)),
+            Norm("norm.weight"),
+        ),
+        plain=(
+            Plain(
+                "layers.{i}.linear_attn.o_norm.weight",
+                "gated RMSNorm of linear attention: its weight is the gain itself",
+            ),
+            Plain(
+                "{layers.{i}.{attn,mlp}_res_norm_weight,attnres_final.res_norm_weight}",
+                "norm over the residuals of earlier blocks: its weight is the gain itself",
+            ),
+            Plain("mtp.**", "no engine loads the draft layers", Kind.OTHER, absolute=True),
+        ),
+        evidence=Evidence(
+            "read",
+            "vLLM 0.33 models/alice_ai.py:161-182,335-377,506,582; models/qwen3_next.py:370-371; "
+            "layers/mamba/gdn/kimi_gdn_linear_attn.py:304",
+        ),
     ),
     Family(  # its layers of other types are convolutions, without q and k
         model_types=("gear",),

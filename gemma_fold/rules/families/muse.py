@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gemma_fold.rules.families.common import LANGUAGE_MODEL, SANDWICH, VISION_NORM, ran
 from gemma_fold.rules.model import Evidence, Fold, Kind
-from gemma_fold.rules.row import Converted, Family, Norm, Part, Plain
+from gemma_fold.rules.row import Converted, Family, Norm, Part, Plain, Switch, Test, is_true, one_of
 
 _MUSE_FINAL = Plain("norm.weight", "the final norm is plain, unlike the norms of the layers")
 _MUSE_VISION = (
@@ -15,6 +15,21 @@ _MUSE_VISION = (
 _INPUT_SCALED = (
     "scales the input of its norm by 1 + w, so 1 + w is not the gain of an RMSNorm; left alone"
 )
+# In vLLM 0.33 draft layers count on from those of the target, which no config of a draft names.
+_CENTRES = Switch(
+    "post_norm_gain_center_type",
+    one_of(one=True, zero=False),
+    absent=True,
+    refusal="the offset of its post norms depends on the index of each layer, counted from the "
+    "first layer of the target model, whose number of layers this config does not say",
+)
+_LEARNABLE = Switch(
+    "use_ffn_learnable_scales",
+    Test("is false", lambda value: True if value is False else None),
+    absent=True,
+    refusal=f"its post_ffn_norm {_INPUT_SCALED.removesuffix('; left alone')}",
+)
+_DRAFT_READ = "vLLM 0.33 models/muse_spark/"
 MUSE = (
     Family(
         model_types=("muse_glimmer_text",),
@@ -73,5 +88,28 @@ MUSE = (
         ),
         parts=(Part("text_config", LANGUAGE_MODEL, model_type="muse_spark_text"),),
         evidence=ran("muse_spark/modeling_muse_spark.py:126"),
+    ),
+    Family(  # draft of Muse Spark; without norm_affine or post_norm_affine it has no such weights
+        model_types=("muse_spark_dspark",),
+        architectures=("MuseSparkDSparkModel",),
+        roots=("",),
+        switches=(Switch("norm_zero_centered_gamma", is_true, absent=False), _LEARNABLE),
+        norms=(
+            Norm(
+                "layers.{i}.{self_attn.pre_qkv_proj_norm,pre_ffn_norm}.weight",
+                unless_false="norm_affine",
+            ),
+            Norm("{hidden_norm,norm}.weight", unless_false="norm_affine"),
+            Norm(
+                "layers.{i}.post_{attn,ffn}_norm.weight",
+                unless_false="post_norm_affine",
+                switch=_CENTRES,
+            ),
+        ),
+        evidence=Evidence(
+            "read",
+            _DRAFT_READ + "common/layers.py:19-41,78-87,127-131; common/dspark.py:133-151; "
+            "nvidia/model.py:977-980,1045-1053,1306-1311,1342-1395",
+        ),
     ),
 )

@@ -79,6 +79,26 @@ QWEN = (
     _vision_language(
         "qwen3_5_moe", "qwen3_5_moe_text", ran("qwen3_5_moe/modeling_qwen3_5_moe.py:913")
     ),
+    Family(  # a bare Qwen 3.5 with a head in a file of its own
+        model_types=(),
+        architectures=("ClefFlashForJointSchema", "ColQwen3_5", "D3ForSequenceClassification"),
+        roots=("",),
+        plain=(
+            *(Plain("{,model.}" + trap.names, trap.why) for trap in _VISUAL),
+            Plain(
+                "{hidden_norm,option_summary_norm,field_norm,option_norm,"
+                "evidence_layers.{i}.{query,memory,feedforward}_norm,layers.{i}.norm{1,2,3}}"
+                ".weight",
+                "LayerNorm of the joint schema head",
+            ),
+        ),
+        parts=(Part("text_config", LANGUAGE_MODEL, model_type="qwen3_5_text"),),
+        evidence=Evidence(
+            "read",
+            "vLLM 0.33 models/clef_flash.py:24-44, clef_joint_schema.py:72-137, "
+            "colqwen3_5.py:112-146, d3.py:5-8,52-63",
+        ),
+    ),
     Family(  # grouped: each slice of hidden_size columns is normalized on its own
         model_types=("qwen4_exp_text",),
         roots=TEXT_ROOTS,

@@ -30,4 +30,23 @@ REFUSED = (
         ),
         evidence=Evidence("read", _READ + "vlas/pi05_core.py:123-160"),
     ),
+    Family(
+        model_types=("musespark1x_text",),
+        refuse=(
+            "its config is of vLLM 0.33, which has no model that reads it, and offsets of its "
+            "norms would depend on the layer; fold a muse_spark checkpoint instead"
+        ),
+        evidence=Evidence("read", "vLLM 0.33 transformers_utils/configs/muse_spark.py:80-295"),
+    ),
+    Family(
+        model_types=(
+            "moonshine_streaming_encoder",
+            "t5_gemma_module",
+            "t5gemma2_decoder",
+            "t5gemma2_encoder",
+            "t5gemma2_text",
+        ),
+        refuse="it is a half of a model and never saved alone; fold the whole model",
+        evidence=Evidence("executed", "transformers 5.23 and 5.24, inside the whole models"),
+    ),
 )
