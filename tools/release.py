@@ -17,7 +17,8 @@ _HEADING = re.compile(r"^## (?P<version>\S+) \((?P<when>[^)]*)\)$", re.MULTILINE
 def version() -> str:
     """The version that is written in the package."""
     text = (ROOT / "gemma_fold" / "_version.py").read_text()
-    return re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)[0]
+    found: list[str] = re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    return found[0]
 
 
 def notes(tag: str, changelog: str) -> str:

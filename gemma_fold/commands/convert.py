@@ -86,7 +86,9 @@ def convert(
         UsageError: `out` is in the way, or endangers the source.
         HostError: disk or permissions; what was done is kept for `resume`.
     """
+    progress = progress or Progress()
     checkpoint = open_source(source)
+    progress.waiting("reading norms")
     target = target_folder(out)
     check_target(checkpoint.root, checkpoint.paths(), target, _removable(target, force=force))
     settled = Settled() if dry_run else settle(target)
@@ -96,10 +98,10 @@ def convert(
         return _report(plan, target, size, {}, settled.notes)
     replaced = check_replaceable(target, _replaceable(target) if force else None)
     if replaced is not None:
+        progress.waiting(f"checking {target}, which will be replaced")
         check_unchanged(target)
     if dry_run:
         return _report(plan, target, size, {}, ())
-    progress = progress or Progress()
     with (
         open_digester() as digester,
         open_staging(
