@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _FIRST_READ = 2**17  # bytes; holds nearly every header, so that one request per file is enough
 _MAX_JSON = 2**28  # bytes
+_PIECE = 2**20  # bytes
 _TIMEOUT = 30.0  # seconds without an answer
 _THREADS = 8
 
@@ -38,8 +40,16 @@ _NOT_NEEDED = (
     "*.msgpack",
     "*.onnx",
     "*.onnx_data",
+    "*.tflite",
+    "onnx/*",
+    "openvino/*",
+    "coreml/*",
+    "original/*",
+    "optimizer*",
+    "runs/*",
+    "*.tfevents*",
 )
-"""The same weights in other formats, which would double a download."""
+"""The same weights in other formats, which would double a download, and what training leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,7 @@ class RemoteCheckpoint:
         index: the weight index, or None when there is none.
         headers: by file name, for every safetensors file at the top of the repository.
         files: every file's size in bytes by its path in the repository.
+        sha256: of the large files, as the Hub has it.
     """
 
     repo_id: str
@@ -61,6 +72,11 @@ class RemoteCheckpoint:
     index: Mapping[str, Any] | None
     headers: Mapping[str, Header]
     files: Mapping[str, int]
+    sha256: Mapping[str, str]
+
+    def needed(self) -> list[str]:
+        """The files that `download` would bring."""
+        return [n for n in self.files if not any(fnmatch(n, p) for p in _NOT_NEEDED)]
 
 
 def looks_like_hub_id(text: str) -> bool:
@@ -108,7 +124,9 @@ def fetch_headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint
         names = sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
         with ThreadPoolExecutor(_THREADS) as pool:
             headers = dict(zip(names, pool.map(remote.header, names), strict=True))
-    result = RemoteCheckpoint(repo_id, remote.commit, config, index, headers, files)
+    known = {file.rfilename: getattr(file.lfs, "sha256", None) for file in info.siblings or ()}
+    sha256 = {name: text for name, text in known.items() if text and _SHA256.fullmatch(text)}
+    result = RemoteCheckpoint(repo_id, remote.commit, config, index, headers, files, sha256)
     _check_complete(result)
     return result
 
@@ -125,6 +143,20 @@ def open_ranges(checkpoint: RemoteCheckpoint) -> Callable[[str, int, int], bytes
             return remote.read(name, begin, end)
 
     return read
+
+
+def open_stream(checkpoint: RemoteCheckpoint) -> Callable[[str, int, int], Iterator[bytes]]:
+    """What sends the bytes [begin, end) of a file of `checkpoint` piece by piece, by one request.
+
+    It raises HostError if the Hub cannot be reached, or no more comes.
+    """
+    remote = _Remote(checkpoint.repo_id, checkpoint.commit, checkpoint.files)
+
+    def stream(name: str, begin: int, end: int) -> Iterator[bytes]:
+        with _explained(checkpoint.repo_id, checkpoint.commit):
+            yield from remote.stream(name, begin, end)
+
+    return stream
 
 
 def is_offline() -> bool:
@@ -203,8 +235,16 @@ class _Remote:
         return parse_header(raw, data_size=size - 8 - length, where=where)
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        """Bytes [begin, end) of a file. Streamed, since a server that ignores the range would
-        otherwise send all of it."""
+        """Bytes [begin, end) of a file."""
+        content = b"".join(self.stream(name, begin, end))
+        if len(content) != end - begin:
+            raise HostError(
+                f"{self.where(name)}: asked for {end - begin} bytes, got {len(content)}; try again"
+            )
+        return content
+
+    def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """The same as it comes; a server that ignores the range would otherwise send all of it."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             build_hf_headers,
@@ -213,7 +253,7 @@ class _Remote:
         )
 
         if begin == end:
-            return b""
+            return
         headers = {
             **build_hf_headers(),
             "Range": f"bytes={begin}-{end - 1}",
@@ -229,12 +269,7 @@ class _Remote:
                     "download the model and give its folder"
                 )
             with _broken_off(self.where(name)):
-                content: bytes = response.read()
-        if len(content) != end - begin:
-            raise HostError(
-                f"{self.where(name)}: asked for {end - begin} bytes, got {len(content)}; try again"
-            )
-        return content
+                yield from response.iter_bytes(_PIECE)
 
 
 def _file_size(size: Any, name: str, repo_id: str) -> int:

@@ -70,6 +70,12 @@ def inspect(printer: Printer, source: str) -> None:
     "not changed since; an interrupted run is started over.",
 )
 @click.option(
+    "--by-shard",
+    is_flag=True,
+    help="Fetch a weight file of a Hub id when it is folded and remove it then: the disk holds OUT "
+    "and one file of the source at most.",
+)
+@click.option(
     "--no-digest",
     is_flag=True,
     help="Take no digests of the files, so that a reflinked copy reads only the norms. "
@@ -89,6 +95,7 @@ def convert(
     resume: bool,
     restart: bool,
     force: bool,
+    by_shard: bool,
     no_digest: bool,
     no_tensor_lock: bool,
 ) -> None:
@@ -101,6 +108,7 @@ def convert(
     Examples:
       gemma-fold convert ./gemma-3-270m -o ./gemma-3-270m-folded
       gemma-fold convert google/gemma-3-270m@main -o ./gemma-3-270m-folded --dry-run
+      gemma-fold convert google/gemma-3-27b-it -o ./gemma-3-27b-it-folded --by-shard
     """
     from gemma_fold.commands import render
     from gemma_fold.commands.convert import convert as run
@@ -115,6 +123,7 @@ def convert(
             force=force,
             digest=not no_digest,
             dry_run=dry_run,
+            by_shard=by_shard,
             progress=progress,
         )
     verb = "would fold" if dry_run else "folded"

@@ -14,6 +14,7 @@ import hashlib
 import json
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,6 +49,8 @@ class Faults:
     status: list[int] = field(default_factory=list)  # answers to the next file requests
     ignore_range: bool = False
     break_off: bool = False  # promise the whole answer, send half
+    #: Asked before each GET of more than half a megabyte of a large file: whether to send half.
+    breaks_large: Callable[[], bool] | None = None
 
 
 class HubServer:
@@ -151,10 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest[:1] == ["tree"]:
             self.send_json([_described(name, path) for name, path in model.files().items()])
         else:
-            siblings = [
-                {"rfilename": name, "size": path.stat().st_size}
-                for name, path in model.files().items()
-            ]
+            siblings = [_sibling(name, path) for name, path in model.files().items()]
             self.send_json({"id": repo_id, "sha": model.commit, "siblings": siblings})
 
     def resolve(self, repo_id: str, rest: list[str]) -> None:
@@ -208,7 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if faults.break_off:
+        large = end - begin > 2**19 and key.endswith(LARGE)
+        if faults.break_off or (large and faults.breaks_large and faults.breaks_large()):
             end = begin + (end - begin) // 2
             self.close_connection = True
         self.send_range(key, path, begin, end)
@@ -249,6 +250,14 @@ def _described(name: str, path: Path) -> dict[str, Any]:
     entry = {"type": "file", "path": name, "size": size, "oid": _git_id(path)}
     if name.endswith(LARGE):
         entry["lfs"] = {"oid": sha256(path), "size": size, "pointerSize": 130}
+    return entry
+
+
+def _sibling(name: str, path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    entry: dict[str, Any] = {"rfilename": name, "size": size}
+    if name.endswith(LARGE):
+        entry["lfs"] = {"sha256": sha256(path), "size": size, "pointerSize": 130}
     return entry
 
 
