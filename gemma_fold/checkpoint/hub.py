@@ -188,6 +188,60 @@ def download(repo_id: str, revision: str | None = None) -> tuple[Path, str]:
     return Path(path), Path(path).name
 
 
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A commit: `url` is that of the pull request, if one was opened."""
+
+    url: str
+    commit: str
+    pull_request: str | None
+
+
+def prepare_repo(repo_id: str, *, private: bool, create_pr: bool, marker: str) -> list[str]:
+    """Make the repository, or see that nothing in the one there is would be lost; warnings.
+
+    Raises:
+        UsageError: the repository holds another model: weights without the file `marker`.
+        HostError: the Hub cannot be reached, or does not let us in.
+    """
+    with _explained(repo_id, None):
+        from huggingface_hub import HfApi, get_token
+
+        if get_token() is None:
+            raise HostError("push needs a token that may write; `hf auth login`, or set HF_TOKEN")
+        api = HfApi()
+        if not api.repo_exists(repo_id):
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
+            return []
+        info = api.model_info(repo_id, timeout=_TIMEOUT)
+    names = {file.rfilename for file in info.siblings or ()}
+    if any(name.endswith(".safetensors") for name in names) and marker not in names:
+        if not create_pr:
+            raise UsageError(
+                f"{repo_id} holds another model; name a new repository, or propose it there with "
+                "--create-pr"
+            )
+        return [f"{repo_id} holds another model, which the pull request would replace"]
+    if private and not info.private:
+        return [f"{repo_id} was there and stays public"]
+    return []
+
+
+def upload(repo_id: str, folder: Path, message: str, *, create_pr: bool) -> Uploaded:
+    """Upload all that is in a folder; what of it is there already is not sent again.
+
+    Raises:
+        HostError: the Hub cannot be reached, or does not let us in.
+    """
+    with _explained(repo_id, None):
+        from huggingface_hub import HfApi
+
+        made = HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=message, create_pr=create_pr
+        )
+    return Uploaded(made.pr_url or made.commit_url, made.oid, made.pr_revision)
+
+
 def cached_sha256(path: Path) -> str | None:
     """The sha256 of a file's content if the Hub cache already knows it, else None.
 

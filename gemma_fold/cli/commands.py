@@ -300,6 +300,56 @@ def diff(printer: Printer, a: str, b: str, markdown: bool, html: Path | None, **
     sys.exit(found.verdict.exit_code)
 
 
+@_command("Upload a folded checkpoint to the Hub, with a model card.")
+@click.argument("folded", type=_place)
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make the repository a private one.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option(
+    "--base-model",
+    metavar="ORG/NAME",
+    help="The source on the Hub, if FOLDED was made from a folder that does not name it.",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, print the card, send nothing.")
+def push(
+    printer: Printer,
+    folded: str,
+    repo: str,
+    private: bool,
+    create_pr: bool,
+    base_model: str | None,
+    dry_run: bool,
+) -> None:
+    """Upload the FOLDED checkpoint to REPO on the Hub, once it is verified.
+
+    REPO is made if there is none. It gets a model card with the source and its licence, how to
+    load it, and what folding changed; the source's own card becomes README.source.md there. FOLDED
+    stays as it is. After an interruption, run it again: what is there is not sent twice.
+
+    \b
+    Examples:
+      gemma-fold push ./gemma-3-270m-folded me/gemma-3-270m-folded --private
+      gemma-fold push ./gemma-3-270m-folded org/gemma-3-270m-folded --create-pr
+      gemma-fold push ./gemma-3-270m-folded me/gemma-3-270m-folded --dry-run
+    """
+    from gemma_fold.commands import render
+    from gemma_fold.commands.push import push as run
+
+    how = "run it again: what is on the Hub is not sent twice"
+    with _resumable(how), printer.progress("checking") as progress:
+        report = run(
+            folded,
+            repo,
+            private=private,
+            create_pr=create_pr,
+            base_model=base_model,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    printer.warn(report.warnings)
+    printer.show(lambda: _plain(report), lambda: render.pushed(report))
+
+
 @_command(
     "Serve a folded checkpoint over an OpenAI-compatible API.",
     context_settings={"ignore_unknown_options": True},
@@ -387,11 +437,11 @@ def rules(printer: Printer, model_type: str | None) -> None:
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
+def _resumable(how: str = "run again with --resume to continue") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; run again with --resume to continue") from None
+        raise KeyboardInterrupt(f"interrupted; {how}") from None
 
 
 def _plain(report: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Printer:
         try:
             yield bar
         finally:
-            bar.close()
+            bar.finish()
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:

@@ -17,6 +17,7 @@ from gemma_fold.text import human_size, printable, table
 if TYPE_CHECKING:
     from gemma_fold.commands.convert import ConversionReport
     from gemma_fold.commands.inspect import Group, Inspection
+    from gemma_fold.commands.push import PushReport
     from gemma_fold.commands.verify import VerifyReport
     from gemma_fold.rules import Fold
     from gemma_fold.rules.export import Export, ExportedFamily, ExportedNorm
@@ -107,6 +108,14 @@ def conversion(report: ConversionReport, *, verb: str) -> str:
         f"{verb} {report.tensors} norms ({report.elements:,} weights) of {report.model_type} "
         f"into {report.out}: {report.files} files, {human_size(report.size)}"
     )
+
+
+def pushed(report: PushReport) -> str:
+    """What `push` prints: what was made, or the card of what would be."""
+    what = f"{report.files} files, {human_size(report.size)}"
+    if report.url is None:
+        return f"{report.card}\nwould push {what} to {report.repo_id}, with this card"
+    return f"pushed {what}: {report.url}"
 
 
 def verification(report: VerifyReport) -> str:
@@ -200,7 +209,7 @@ class ProgressBar(Progress):
 
     def waiting(self, what: str) -> None:
         """Show that `what` goes on, and for how long, until the next start."""
-        self.close()
+        self.finish()
         if not self._hidden:
             self._waiting = Waiting(what)
 
@@ -215,20 +224,16 @@ class ProgressBar(Progress):
         self._bar.update(n_bytes, f"{done} of {self._total}  {self._file}")
 
     def finish(self) -> None:
-        """Leave the bar as it is, and end its line."""
+        """End the line of whatever is shown; a bar stays."""
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
             self._bar = None
-
-    def close(self) -> None:
-        """End the line of whatever is shown."""
-        self.finish()
         if self._waiting is not None:
             self._waiting.close()
             self._waiting = None
 
     def _draw(self, total: int, files: int, shown: Callable[[int], str]) -> None:
-        self.close()
+        self.finish()
         self._shown, self._total, self._files = shown, shown(total), files
         # What follows the bar is cut to the terminal, as a line that wraps is not drawn over.
         room = shutil.get_terminal_size().columns - len(self._label) - _BAR_WIDTH - 22
