@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from gemma_fold.errors import HostError, UsageError
 _MARKER, _MODEL, _POSITION = "gemma-fold source", "model", "position"
 _STEP = 2**26  # bytes between two notes of what has come
 _PIECE = 2**20  # bytes
+_THREADS = 8
 _TRIES = 5  # in a row of which none brought anything
 
 #: The names of the tensors that are needed at once, of a model's config and shapes.
@@ -190,18 +192,25 @@ def _lay_out(root: Path, remote: hub.RemoteCheckpoint, wanted: Wanted) -> Checkp
     }
     names = frozenset(wanted(remote.config, shapes))
     stream = hub.open_stream(remote)
+
+    def fetch(piece: tuple[str, Run]) -> None:
+        name, run = piece
+        with open(root / name, "r+b", buffering=0) as file:
+            position = run.target
+            for data in stream(name, run.source, run.source + run.length):
+                position += os.pwrite(file.fileno(), data, position)
+
+    pieces: list[tuple[str, Run]] = []
     for name in remote.needed():
         path, size, header = root / name, remote.files[name], remote.headers.get(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b") as file:
-            if header is None:
-                file.truncate(0)
-            else:
-                file.truncate(size)
-            for run in (Run(0, 0, size),) if header is None else _first(header, names):
-                file.seek(run.target)
-                for piece in stream(name, run.source, run.source + run.length):
-                    file.write(piece)
+            file.truncate(size)
+        runs = (Run(0, 0, size),) if header is None else _first(header, names)
+        pieces += [(name, run) for run in runs]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(fetch, pieces):
+            pass
     origin = Origin(remote.repo_id, remote.repo_id, remote.commit)
     return replace(open_checkpoint(root, origin), sha256=remote.sha256)
 

@@ -134,6 +134,15 @@ def test_a_bar_is_no_wider_than_the_terminal(tmp_path: Path) -> None:
     assert len(bars) > 1 and max(map(len, bars)) <= 60
 
 
+def test_a_table_that_is_too_wide_is_not_wrapped_by_the_terminal(model: Path) -> None:
+    shown = on_terminal("inspect", model, columns=70, NO_COLOR="1")
+    table = shown.split("\r\n\r\n")[1].splitlines()
+    assert "model.layers.{i}.self_attn.q_norm.weight" in table and max(map(len, table)) <= 70
+    assert "    count 3; shape [8]; dtype BF16; meaning zero-centred: RMSNorm gain" in table
+    assert "TENSORS  " in on_terminal("inspect", model, columns=160)
+    assert "TENSORS  " in run("inspect", model).stdout
+
+
 def test_a_bar_ends_its_line_before_an_error(model: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from gemma_fold import cli; from gemma_fold.commands import convert\n"
