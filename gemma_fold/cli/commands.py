@@ -385,12 +385,14 @@ def serve(
     """
     from gemma_fold.engines.serve import serve as run
 
-    url = f"http://{host}:{port}/v1"
-    printer.show(
-        lambda: {"checkpoint": folded, "engine": engine, "url": url},
-        lambda: f"serving {folded} at {url} as soon as it is loaded; Ctrl-C ends it",
-    )
-    run(folded, engine, host, port, engine_arguments)
+    def starting(engine: str) -> None:
+        url = f"http://{host}:{port}/v1"
+        printer.show(
+            lambda: {"checkpoint": folded, "engine": engine, "url": url},
+            lambda: f"{engine} serves {folded} at {url} as soon as it is loaded; Ctrl-C ends it",
+        )
+
+    run(folded, engine, host, port, engine_arguments, starting)
 
 
 @_command("List the engines here, and what they would fuse.")
