@@ -59,7 +59,7 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 
 engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m ## the tests that need vLLM or SGLang, each in its environment
 	both="-m engine --durations=8 tests/engines/test_attach_handed.py tests/rules/test_survey.py"; \
-	$(VLLM)/bin/pytest $$both tests/engines/test_vllm.py; vllm=$$?; \
+	$(VLLM)/bin/pytest $$both tests/engines/test_vllm*.py; vllm=$$?; \
 	$(SGLANG)/bin/pytest $$both tests/engines/test_sglang*.py; sglang=$$?; \
 	exit $$((vllm || sglang))
 

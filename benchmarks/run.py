@@ -70,11 +70,11 @@ def command() -> str:
     kept, arguments = [], iter(sys.argv[1:])
     for argument in arguments:
         name, given, value = argument.partition("=")
-        if name not in ("--commit", "--out", "--result"):
+        if name not in ("--commit", "--logs", "--out", "--result"):
             kept.append(argument)
             continue
         value = value if given else next(arguments, "")
-        if name != "--commit":
+        if name in ("--out", "--result"):
             kept += [name, f"benchmarks/results/{Path(value).name}"]
     return " ".join([launcher, module, *kept])
 

@@ -8,8 +8,10 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
-_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
-_CONTROL_IN_LINE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+#: With what starts a line, or turns the direction of what follows.
+_OTHER = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+_CONTROL = re.compile(f"[\0-\x1f{_OTHER}]")
+_CONTROL_IN_LINE = re.compile(f"[\0-\x08\x0b-\x1f{_OTHER}]")
 
 
 def printable(text: str, encoding: str = "utf-8", *, one_line: bool = False) -> str:

@@ -12,7 +12,16 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.report import all_reduce, checks, engines, evidence, measurements, norms, rules
+from benchmarks.report import (
+    all_reduce,
+    checks,
+    engines,
+    evidence,
+    linear,
+    measurements,
+    norms,
+    rules,
+)
 from benchmarks.run import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -57,8 +66,11 @@ TABLES: dict[str, Block] = {
     "gpu_floor": measurements.gpu_floor,
     "gpu_tests": checks.gpu_tests,
     "headline": engines.headline,
+    "linear": linear.linear,
     "loaders": evidence.loaders,
     "checked": evidence.checked,
+    "check_files": evidence.check_files,
+    "check_kinds": evidence.check_kinds,
     "norms": norms.norms,
     "norms_sanitizer": checks.norms_sanitizer,
     "rule_classes": rules.classes,

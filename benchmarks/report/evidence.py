@@ -58,6 +58,35 @@ def checked() -> str:
     return f"{table(('tool', 'called by', 'verdict'), rows)}\n\n{_when(found)}"
 
 
+def check_files() -> str:
+    """Files whose verdict is known, a row for each format."""
+    rows: list[dict[str, Any]] = _read("check_cases")
+    lines: list[Any] = []
+    for form in dict.fromkeys(row["format"] for row in rows):
+        ours = [row for row in rows if row["format"] == form]
+        right = sum(row["exit"] == 0 for row in ours)
+        families = len({row["family"] for row in ours})
+        lines.append((form, families, len(ours), right, len(ours) - right))
+    total = [sum(line[n] for line in lines) for n in (2, 3, 4)]
+    lines.append(("**all**", len({row["family"] for row in rows}), *total))
+    return table(("format", "families", "files", "right", "wrong or rounded"), lines)
+
+
+def check_kinds() -> str:
+    """The same files, a row for each thing that was done to them."""
+    found: dict[tuple[str, str, int], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for row in _read("check_cases"):
+        key = (row["file"], ", ".join(row["finding"]), row["exit"])
+        found[key]["formats"].add(row["format"])
+        found[key]["families"].add(row["family"])
+    lines = [
+        (what, ", ".join(sorted(seen["formats"])), len(seen["families"]), finding, code)
+        for (what, finding, code), seen in found.items()
+    ]
+    lines.sort(key=lambda line: (line[4], line[3]))
+    return table(("file", "formats", "families", "finding", "exit code"), lines)
+
+
 def _when(found: dict[str, Any]) -> str:
     dates = sorted({row["date"] for row in found.values()})
     return f"Run {' to '.join(dates[:: max(1, len(dates) - 1)])}."

@@ -93,7 +93,7 @@ class Arrivals:
                 at_once = False
                 self._note(target, name, position)
                 tries = 0 if position > before else tries + 1
-                if tries == _TRIES or hub.is_offline():
+                if tries == _TRIES:
                     raise
             except BaseException:
                 self._note(target, name, position)
@@ -139,6 +139,8 @@ def open_arrivals(
         HostError: the Hub cannot be reached, or another process is at it.
     """
     remote = hub.fetch_headers(repo_id, revision)
+    if remote.folder is not None:
+        raise UsageError("HF_HUB_OFFLINE is set, so nothing can arrive; leave out --by-shard")
     real = Path(os.path.realpath(out))
     folder = real.with_name(work_folder_name(f"{real.name}.source"))
     with _locked(folder):

@@ -12,7 +12,6 @@ dtype spelled in one of serde's alternative forms, and an integer beyond 64 bits
 
 import json
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,7 +21,8 @@ from typing import Any, NoReturn
 
 from gemma_fold.checkpoint.fields import Refused, unique
 from gemma_fold.checkpoint.names import shown
-from gemma_fold.errors import CheckpointError, HostError
+from gemma_fold.checkpoint.regular import open_regular
+from gemma_fold.errors import CheckpointError
 
 MAX_HEADER_SIZE = 100_000_000
 """Bytes; the safetensors library refuses larger headers."""
@@ -125,23 +125,10 @@ def read_header(path: Path) -> Header:
         CheckpointError: the file is missing, or not a valid safetensors file.
         HostError: the file exists but the system does not let us read it.
     """
-    try:
-        # Without waiting: a named pipe would keep us until someone writes into it.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode):
-                raise CheckpointError(f"{path}: not a regular file; a safetensors file is needed")
-            raw = _read_raw(fd, info.st_size, str(path))
-        finally:
-            os.close(fd)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; fetch it, or correct the path") from None
-    except OSError as error:
-        raise HostError(
-            f"{path}: cannot be read ({error.strerror}); check its permissions and the disk"
-        ) from None
-    return parse_header(raw, data_size=info.st_size - 8 - len(raw), where=str(path))
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        raw = _read_raw(file.fileno(), size, str(path))
+    return parse_header(raw, data_size=size - 8 - len(raw), where=str(path))
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:

@@ -10,14 +10,16 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gemma_fold.checkpoint.header import Header, header_length, parse_header
 from gemma_fold.checkpoint.names import check_name, shown
-from gemma_fold.checkpoint.source import CONFIG, INDEX_SUFFIX, parse_json_object
+from gemma_fold.checkpoint.regular import open_regular
+from gemma_fold.checkpoint.source import CONFIG, INDEX_SUFFIX, open_checkpoint, parse_json_object
 from gemma_fold.errors import CheckpointError, GemmaFoldError, HostError, UsageError, first_line
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
@@ -63,6 +65,7 @@ class RemoteCheckpoint:
         index: the weight index, or None when there is none.
         headers: by file name, for every safetensors file at the top of the repository.
         files: every file's size in bytes by its path in the repository.
+        folder: the snapshot in the cache, where HF_HUB_OFFLINE lets only the cache answer.
         sha256: of the large files, as the Hub has it.
     """
 
@@ -72,7 +75,8 @@ class RemoteCheckpoint:
     index: Mapping[str, Any] | None
     headers: Mapping[str, Header]
     files: Mapping[str, int]
-    sha256: Mapping[str, str]
+    folder: Path | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     def needed(self) -> list[str]:
         """The files that `download` would bring."""
@@ -103,10 +107,14 @@ def _not_an_id(text: str) -> UsageError:
 def fetch_headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
     """Read config, index and safetensors headers by range requests; no weights are downloaded.
 
+    With HF_HUB_OFFLINE, the same of a model that is in the Hub cache.
+
     Raises:
         CheckpointError: no such model or revision, or its files are damaged or incomplete.
-        HostError: the Hub cannot be reached, or does not let us in.
+        HostError: the Hub cannot be reached, does not let us in, or is not to be asked.
     """
+    if _is_offline():
+        return _cached_headers(repo_id, revision)
     with _explained(repo_id, revision):
         from concurrent.futures import ThreadPoolExecutor
 
@@ -126,7 +134,7 @@ def fetch_headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint
             headers = dict(zip(names, pool.map(remote.header, names), strict=True))
     known = {file.rfilename: getattr(file.lfs, "sha256", None) for file in info.siblings or ()}
     sha256 = {name: text for name, text in known.items() if text and _SHA256.fullmatch(text)}
-    result = RemoteCheckpoint(repo_id, remote.commit, config, index, headers, files, sha256)
+    result = RemoteCheckpoint(repo_id, remote.commit, config, index, headers, files, sha256=sha256)
     _check_complete(result)
     return result
 
@@ -136,6 +144,8 @@ def open_ranges(checkpoint: RemoteCheckpoint) -> Callable[[str, int, int], bytes
 
     It raises HostError where the Hub cannot be reached.
     """
+    if checkpoint.folder is not None:
+        return partial(_read_cached, checkpoint.folder)
     remote = _Remote(checkpoint.repo_id, checkpoint.commit, checkpoint.files)
 
     def read(name: str, begin: int, end: int) -> bytes:
@@ -157,13 +167,6 @@ def open_stream(checkpoint: RemoteCheckpoint) -> Callable[[str, int, int], Itera
             yield from remote.stream(name, begin, end)
 
     return stream
-
-
-def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE is set, so that only the cache can answer."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
 
 
 def download(repo_id: str, revision: str | None = None) -> tuple[Path, str]:
@@ -254,6 +257,30 @@ def cached_sha256(path: Path) -> str | None:
     blob = path.parent / os.readlink(path)
     is_blob = blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) is not None
     return blob.name if is_blob else None
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _cached_headers(repo_id: str, revision: str | None) -> RemoteCheckpoint:
+    folder, commit = download(repo_id, revision)  # which only looks into the cache now
+    found = open_checkpoint(folder)
+    index = parse_json_object(found.index_raw, INDEX_SUFFIX) if found.index_raw else None
+    files = [path.relative_to(folder).as_posix() for path in found.paths() if path.is_file()]
+    sizes = {name: (folder / name).stat().st_size for name in files}
+    headers = {file.name: file.header for file in found.weights}
+    return RemoteCheckpoint(repo_id, commit, found.config, index, headers, sizes, folder)
+
+
+def _read_cached(folder: Path, name: str, begin: int, end: int) -> bytes:
+    with open_regular(folder / name) as file:
+        content = os.pread(file.fileno(), end - begin, begin)
+    if len(content) != end - begin:
+        raise CheckpointError(f"{folder / name} shrank while it was read; let its writer finish")
+    return content
 
 
 @dataclass(frozen=True, slots=True)

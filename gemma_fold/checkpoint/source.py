@@ -18,6 +18,7 @@ from typing import Any
 from gemma_fold.checkpoint.fields import parse_json_object as parse_json_object
 from gemma_fold.checkpoint.header import Header, TensorEntry, read_header
 from gemma_fold.checkpoint.names import check_top_name, shown, unsafe_reason
+from gemma_fold.checkpoint.regular import open_regular
 from gemma_fold.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -146,7 +147,7 @@ def open_checkpoint(path: str | os.PathLike[str], origin: Origin | None = None) 
 def read_tensor(file: WeightFile, name: str) -> bytes:
     """The stored bytes of one tensor."""
     entry = file.header.tensors[name]
-    with open(file.path, "rb", buffering=0) as stream:
+    with open_regular(file.path) as stream:
         raw = os.pread(
             stream.fileno(), entry.end - entry.start, file.header.data_start + entry.start
         )
@@ -214,20 +215,16 @@ def check_config(config: dict[str, Any], where: Path | str) -> dict[str, Any]:
 
 
 def read_small(path: Path, limit: int = 256 << 20) -> bytes:
-    """The content of a text file; CheckpointError if it cannot be read or cannot be one."""
-    try:
-        # Without waiting: a named pipe would keep us until someone writes into it.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path} is not a regular file; fetch it again")
-            if status.st_size > limit:
-                raise CheckpointError(f"{path} is too large to be a text file; fetch it again")
-            return file.read(limit)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error.strerror}; check the file and its permissions"
-        ) from error
+    """The content of a text file.
+
+    Raises:
+        CheckpointError: it is absent, no regular file, or longer than a text.
+        HostError: the system does not let us read it.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise CheckpointError(f"{path} is too large to be a text file; fetch it again")
+        return file.read(limit)
 
 
 def _walk(root: Path) -> tuple[dict[str, FileState], tuple[str, ...], tuple[str, ...]]:

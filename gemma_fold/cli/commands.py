@@ -191,6 +191,7 @@ def unfold(printer: Printer, folded: str, out: str, resume: bool, restart: bool)
 @click.option(
     "--all", "every", is_flag=True, help="List every norm, not only those that are wrong."
 )
+@click.option("--html", type=_path, metavar="FILE", help="Write a report to look at.")
 def check(
     printer: Printer,
     file: str | None,
@@ -198,6 +199,7 @@ def check(
     tensors: tuple[str, ...],
     expect: str | None,
     every: bool,
+    html: Path | None,
 ) -> None:
     """Say whether the converter that wrote FILE got the +1 of every norm right.
 
@@ -219,8 +221,15 @@ def check(
     from gemma_fold.commands.check import check as run
     from gemma_fold.commands.check import to_json
 
+    if html is not None:
+        from gemma_fold.commands.check_html import html as page
+        from gemma_fold.compare.report.html import check_page
+
+        check_page(html)
     with printer.waiting("reading norms"):
         found = run(file, against=against, tensors=tensors, expect=expect)
+    if html is not None:
+        html.write_text(page(found), "utf-8")
     printer.show(lambda: to_json(found), lambda: check_text.text(found, every=every))
     sys.exit(found.verdict.exit_code)
 
@@ -269,7 +278,8 @@ def check(
 def diff(printer: Printer, a: str, b: str, markdown: bool, html: Path | None, **given: Any) -> None:
     """Compare A, the reference, with B: structure, every weight, and what the models answer.
 
-    Each is a folder (original or folded), a Hub id, or the http:// address of a server. Exits
+    Each is a folder (original or folded), a Hub id, or the http:// address of a server. Of files
+    of two tools, such as GGUF, MLX or quantized ones, the norms are compared, as check does. Exits
     with 0 if they are the same, with 1 if they differ, and with 2 if the comparison could not run.
     Without --max-kl, outputs are the same if no value differs, or if the mean KL is within the
     noise of A itself.
@@ -278,26 +288,15 @@ def diff(printer: Printer, a: str, b: str, markdown: bool, html: Path | None, **
     Examples:
       gemma-fold diff ./gemma-3-270m ./gemma-3-270m-folded --html report.html
       gemma-fold diff google/gemma-3-270m ./gemma-3-270m-folded --no-outputs
+      gemma-fold diff ./gemma-3-270m gemma-3-270m.gguf
       gemma-fold diff http://127.0.0.1:8000 http://127.0.0.1:8001 --max-kl 1e-3
     """
-    from gemma_fold.compare import run
-    from gemma_fold.compare.report import html as page
-    from gemma_fold.compare.report import verdict, writers
+    from gemma_fold.commands.diff import run
 
-    if html is not None:  # what cannot work is refused first
-        run.check_writable(html, "--html", page.is_page)
-        page.check_can_render()
-    limits = verdict.DiffLimits(given.pop("max_kl"), given.pop("max_ulp"))
-    options = run.DiffOptions(engines=given.pop("engine"), limits=limits, **given)
     with printer.progress("comparing") as progress:
-        found = run.diff(a, b, options, progress)
-    if html is not None:
-        page.write_html(found, html)
-    printer.show(
-        lambda: writers.to_json(found),
-        lambda: writers.markdown(found) if markdown else writers.text(found),
-    )
-    sys.exit(found.verdict.exit_code)
+        found = run(a, b, html=html, progress=progress, **given)
+    printer.show(found.json, found.markdown if markdown else found.text)
+    sys.exit(found.exit_code)
 
 
 @_command("Upload a folded checkpoint to the Hub, with a model card.")

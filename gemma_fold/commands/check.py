@@ -25,12 +25,15 @@ from gemma_fold.compare.offsets.finding import Finding, NormCheck
 from gemma_fold.compare.offsets.match import check_norm
 from gemma_fold.compare.offsets.original import Catalogue, Original
 from gemma_fold.compare.offsets.verdict import CheckVerdict, judge_evidence, judge_norms
+from gemma_fold.compare.report.writers import plain
 from gemma_fold.errors import CheckpointError, UsageError
 from gemma_fold.format.arithmetic import Float32
 from gemma_fold.rules.model import shorten
+from gemma_fold.text import printable
 
+_LONGEST_WORD = 40
 #: Where the text model's own norms are; other parts, such as draft layers, may be left out whole.
-_TEXT = ("layers", "norm", "final_norm")
+_TEXT = ("layers", "norm", "final_norm", "hyper_connection_mixer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ def check(
     given = open_arrays(tensors) if file is None else open_file(os.fspath(file))
     if against is None:
         return _alone(given, expect)
-    return _beside(given, open_file(os.fspath(against)), expect)
+    return beside(given, open_file(os.fspath(against)), expect)
 
 
 def _alone(file: NormFile, expect: str | None) -> CheckReport:
@@ -124,7 +127,8 @@ def _alone(file: NormFile, expect: str | None) -> CheckReport:
     )
 
 
-def _beside(file: NormFile, original: NormFile, expect: str | None) -> CheckReport:
+def beside(file: NormFile, original: NormFile, expect: str | None = None) -> CheckReport:
+    """The norms of `file` beside those of `original`; otherwise as `check`."""
     norms = find_norms(original)
     originals = _originals(original, norms)
     names = _names_in(file, norms)
@@ -179,8 +183,11 @@ def _names_in(file: NormFile, norms: Norms) -> dict[str, str]:
         held = by_canonical_name(file.tensors)
         return {key: held[key] for key in norms.rules if key in held}
     found = {}
+    # The original's own names come first: elsewhere they may mean another norm.
+    own = {canonical(name): key for key, name in norms.names.items()}
+    known = {**{key: key for key in norms.rules}, **own}
     for name in file.tensors:
-        key = next((k for k in _spellings(name) if k in norms.rules), None)
+        key = next((known[k] for k in _spellings(name) if k in known), None)
         if key is None or key in found:
             problem = "is no norm of the original" if key is None else "is there twice"
             raise UsageError(f"--tensor {name} {problem}, which has {shorten(sorted(norms.rules))}")
@@ -256,19 +263,24 @@ def _described(file: NormFile, model_type: str, names: Collection[str]) -> Check
     return CheckedFile(
         file.name,
         file.format,
-        file.tool,
-        model_type,
+        _word(file.tool),
+        _word(model_type),
         file.commit,
         file.size,
         file.header_bytes + norms,
     )
 
 
+def _word(text: str) -> str:
+    """What a file says of itself, which could be a report of its own."""
+    return printable(text[:_LONGEST_WORD], one_line=True)
+
+
 def to_json(report: CheckReport) -> dict[str, Any]:
-    """Plain values for `check --json`."""
+    """Plain values for `check --json`. NaN and infinity become null."""
     value = asdict(report)
     value["norms"] = [
         {k: v.value if isinstance(v, Enum) else v for k, v in norm.items()}
         for norm in value["norms"]
     ]
-    return {"right": report.verdict.right, **value}
+    return {"right": report.verdict.right, **plain(value)}

@@ -69,6 +69,12 @@ class DiffOptions:
     timeout: float = 120.0
     limits: DiffLimits = field(default_factory=DiffLimits)
 
+    @property
+    def asks_for_outputs(self) -> bool:
+        """Whether they are wanted, rather than welcome: an option about them says so, too."""
+        given = (self.outputs, self.engines, self.text, self.save_logits, self.logits)
+        return any(given) or (self.dtype, self.device) != ("auto", "auto")
+
 
 def diff(
     a: str, b: str, options: DiffOptions | None = None, progress: Progress | None = None
@@ -88,7 +94,7 @@ def diff(
     open_one = open_headers if options.structure_only else open_side
     sides = [None if is_url(name) else open_one(name) for name in (a, b)]
     notes = [f"{side.name}: {side.note}" for side in sides if side and side.note]
-    insists = not all(sides) or _asks_for_outputs(options)
+    insists = not all(sides) or options.asks_for_outputs
 
     def attempt(step: Callable[[], Result]) -> Result | None:
         try:
@@ -124,14 +130,8 @@ def diff(
         notes=tuple(notes),
         limits=options.limits,
         verdict=judge(structure, weights, outputs, options.limits),
-        environment=_environment(outputs),
+        environment=describe_environment(outputs),
     )
-
-
-def _asks_for_outputs(options: DiffOptions) -> bool:
-    """Whether they are wanted, rather than welcome: an option about them implies it, too."""
-    given = (options.outputs, options.engines, options.text, options.save_logits, options.logits)
-    return any(given) or (options.dtype, options.device) != ("auto", "auto")
 
 
 def _missing(engines: tuple[str, str]) -> str:
@@ -189,8 +189,12 @@ def check_writable(path: Path, option: str, is_ours: Callable[[Path], bool]) -> 
         raise UsageError(f"{option} {path}: {path.parent} does not exist; make it first")
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; give a file name")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {path} is no file; give a file name")
     if path.is_file() and not is_ours(path):
-        raise UsageError(f"{option} {path} is there and was not written by diff; name another file")
+        raise UsageError(
+            f"{option} {path} is there and was not written by diff or check; name another file"
+        )
 
 
 def _is_logits(path: Path) -> bool:
@@ -254,7 +258,8 @@ def _info(name: str, side: Side | None) -> SideInfo:
     return SideInfo(name, side.folded, str(side.config.get("model_type")), side.commit)
 
 
-def _environment(outputs: Outputs | None) -> dict[str, str]:
+def describe_environment(outputs: Outputs | None = None) -> dict[str, str]:
+    """When and with what a report was made."""
     found = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "gemma_fold": __version__,

@@ -26,6 +26,7 @@ from gemma_fold.ops.operators.all_reduce import (
     all_reduce_rms_norm_add_rms_norm,
     all_reduce_rms_norm_add_rms_norm_fp8,
 )
+from gemma_fold.ops.operators.linear import gelu_linear, linear
 from gemma_fold.ops.operators.qk_rms_norm import qk_rms_norm
 from gemma_fold.ops.operators.qk_rms_norm_rope import qk_rms_norm_rope
 from gemma_fold.ops.operators.rms_norm import rms_norm, rms_norm_fp8
@@ -45,6 +46,8 @@ __all__ = [
     "all_reduce_add_rms_norm_fp8",
     "all_reduce_rms_norm_add_rms_norm",
     "all_reduce_rms_norm_add_rms_norm_fp8",
+    "gelu_linear",
+    "linear",
     "qk_rms_norm",
     "qk_rms_norm_rope",
     "rms_norm",

@@ -13,6 +13,7 @@ from hubserver import HubServer, Model, _Handler, sha256
 from huggingface_hub import close_session, constants
 from safetensors.numpy import save_file
 
+from gemma_fold import DiffOptions, diff, inspect
 from gemma_fold.checkpoint import hub as hub_module
 from gemma_fold.checkpoint.header import TensorEntry, read_header, render_header
 from gemma_fold.checkpoint.hub import (
@@ -20,6 +21,7 @@ from gemma_fold.checkpoint.hub import (
     download,
     fetch_headers,
     looks_like_hub_id,
+    open_ranges,
     parse_hub_id,
 )
 from gemma_fold.errors import CheckpointError, GemmaFoldError, HostError, UsageError
@@ -296,6 +298,30 @@ def test_offline_a_downloaded_model_is_found_and_another_is_not(
         with pytest.raises(HostError) as error:
             action("org/other")
         assert "HF_HUB_OFFLINE is set" in message(error)
+    assert len(hub.log) == requests
+
+
+def test_offline_headers_and_parts_come_from_the_cache(
+    hub: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the Hub sends them, and all that looks at headers alone works."""
+    commit = hub.add("org/name", model)
+    download("org/name")
+    online = fetch_headers("org/name")
+    parts = [(shards(model)[0], 8, 40), (shards(model)[1], 1000, 1000)]
+    sent = [open_ranges(online)(*part) for part in parts]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    requests = len(hub.log)
+    offline = fetch_headers("org/name")
+    assert (offline.commit, offline.config) == (commit, CONFIG)
+    assert (offline.headers, offline.index) == (online.headers, online.index)
+    assert offline.files.items() == {
+        (name, size) for name, size in online.files.items() if name != "pytorch_model.bin"
+    }
+    assert [open_ranges(offline)(*part) for part in parts] == sent
+    assert inspect("org/name").commit == commit
+    report = diff("org/name", "org/name", DiffOptions(structure_only=True))
+    assert report.verdict.same and report.a.commit == commit
     assert len(hub.log) == requests
 
 

@@ -56,6 +56,9 @@ def test_the_result_is_that_of_a_download(hub: HubServer, source: Path, tmp_path
     assert run("convert", "org/tiny", "-o", tmp_path / "two", env=env).returncode == 0
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     assert left(tmp_path) == []
+    offline = env | {"HF_HUB_OFFLINE": "1"}
+    done = run("convert", "org/tiny", "-o", tmp_path / "three", "--by-shard", env=offline)
+    assert done.returncode == 2 and "leave out --by-shard" in done.stderr
     assert run("unfold", tmp_path / "one", "-o", tmp_path / "again").returncode == 0
     assert (tmp_path / "again/model-00001-of-00004.safetensors").read_bytes() == (
         source / "model-00001-of-00004.safetensors"

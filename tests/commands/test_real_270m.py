@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import read_tensors, tree
+from norm_files import finish
 from safetensors.numpy import save_file
 
 from gemma_fold.commands.check import check
@@ -97,10 +98,7 @@ class TestCheck:
         for stored, (kind, rows) in builder.read_gguf().tensors.items():
             if kind.name == "F32":
                 writer.add_tensor(stored, rows.view("<f4").ravel() + np.float32(added))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
         report = check(tmp_path / "a.gguf", against=real_270m)
         assert report.verdict.line.startswith(words) and len(report.norms) == len(gguf_norms)
         assert check(tmp_path / "a.gguf").verdict.right is alone

@@ -3,149 +3,35 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
+import check_cases
+import families
+import gguf
 import norm_files as files
 import numpy as np
 import pytest
 import tiny
 import torch
+from check_cases import BF16, TABLE, Case, checked
 from checkpoints import write_checkpoint
 from norm_files import QUANTIZERS, added, only, right, rounded
 
 from gemma_fold import CheckpointError, UnsupportedModelError, UsageError, check, convert
 from gemma_fold.compare.offsets.finding import Finding
 
-FAMILIES = (
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "qwen3_next",
-    "qwen3_5_text",
-    "nemotron",
-    "vaultgemma",
-    "llama",
-)
-ZERO_CENTRED = [f for f in FAMILIES if f != "llama"]
-IN_GGUF = [f for f in FAMILIES if f in files.GGUF_ARCHITECTURES]
-IN_MLX = [f for f in ZERO_CENTRED if f != "vaultgemma"]
-BF16 = ml_dtypes.bfloat16
-
-
-@dataclass(frozen=True)
-class Case:
-    """A file to make: `found` is what its wrong norms are."""
-
-    form: str
-    defect: str
-    write: Callable[[Path, Path], Path]
-    found: Finding | None = None
-
 
 def swap(original: Path) -> files.Change:
     return files.swapped(files.norms_of(original))
 
 
-def case(form: str, defect: str, found: Finding | None, write: object, **more: object) -> Case:
-    writer: Callable[..., Path] = write  # type: ignore[assignment]
-    return Case(form, defect, lambda original, out: writer(original, out, **more), found)
-
-
-def gguf_cases(family: str) -> Iterator[Case]:
-    gguf = files.write_gguf
-    yield case("gguf", "right", None, gguf)
-    if family == "llama":
-        yield case("gguf", "added to plain", Finding.UNASKED, gguf, change=added(0, extra=1))
-        return
-    yield case("gguf", "not folded", Finding.NOT_FOLDED, gguf, change=added(-1))
-    yield case("gguf", "doubled", Finding.DOUBLED, gguf, change=added(1))
-    yield case("gguf", "bf16", Finding.ROUNDED, gguf, dtype=BF16)
-    yield case("gguf", "fp16", Finding.ROUNDED, gguf, dtype=np.float16)
-    yield case("gguf", "from rounded gamma", Finding.ROUNDED, gguf, change=rounded(BF16))
-    half = only("model.norm", lambda v: v - np.float32(0.5))
-    yield case("gguf", "half an offset", Finding.OFFSET, gguf, change=half)
-    rolled = only("layers.0.input_layernorm", lambda v: np.roll(v, 1))
-    yield case("gguf", "permuted", Finding.PERMUTED, gguf, change=rolled)
-    yield case("gguf", "one norm missing", Finding.ABSENT, gguf, drop="layers.1.input_layernorm")
-    missing = only("model.norm", lambda v: v - np.float32(1))
-    yield case("gguf", "final norm not folded", Finding.NOT_FOLDED, gguf, change=missing)
-    if family.startswith("qwen"):
-        yield case("gguf", "added to plain", Finding.UNASKED, gguf, change=added(0, extra=1))
-
-
-def mlx_cases(family: str) -> Iterator[Case]:
-    mlx = files.write_mlx
-    adds = family in files.MLX_ADDS
-    yield case("mlx", "right", None, mlx)
-    yield case("mlx", "prefixed", None, mlx, prefix="language_model.")
-    yield case(
-        "mlx", "added again", Finding.DOUBLED if adds else Finding.UNASKED, mlx, change=added(1)
-    )
-    if adds:
-        yield case("mlx", "not added", Finding.NOT_FOLDED, mlx, change=added(-1))
-
-
-def folder_cases(family: str) -> Iterator[Case]:
-    folder = files.write_folder
-    yield case("merged", "right", None, folder)
-    yield case("merged", "peft names", None, folder, prefix="base_model.model.")
-    yield case("megatron", "float32", None, folder, dtype=np.float32)
-    for tool, settings in QUANTIZERS.items():
-        config = {"quantization_config": settings}
-        yield case(tool, "right", None, folder, config=config)
-        if family == "llama":
-            continue
-        yield case(tool, "folded", Finding.UNASKED, folder, config=config, change=added(1))
-        through = rounded(BF16)
-        yield case(tool, "rounded", Finding.ROUNDED, folder, config=config, change=through)
-    if family == "llama":
-        yield case("merged", "added", Finding.UNASKED, folder, change=added(0, extra=1))
-        return
-    yield case("merged", "doubled", Finding.DOUBLED, folder, change=added(2))
-    yield case("megatron", "subtracted", Finding.NOT_FOLDED, folder, change=added(-1))
-    zeros = only("layers.0.input_layernorm", np.zeros_like)
-    yield case("merged", "identity", Finding.ABSORBED, folder, change=zeros)
-    noise = only("model.norm", lambda v: np.random.default_rng(9).normal(0, 1, v.size))
-    yield case("merged", "another model", Finding.CHANGED, folder, change=noise, dtype=np.float32)
-    longer = only("model.norm", lambda v: np.append(v, v))
-    yield case("merged", "longer", Finding.SHAPE, folder, change=longer)
-    yield case("merged", "fp8 norms", Finding.UNREADABLE, folder, dtype=ml_dtypes.float8_e4m3fn)
-    half = only("model.norm", lambda v: v * np.float32(0.75))
-    yield case("merged", "w times 0.75", Finding.SCALED_W, folder, change=half, dtype=np.float32)
-
-
-def folded_cases(family: str) -> Iterator[Case]:
-    def fold(original: Path, out: Path, **more: object) -> Path:
-        convert(original, out, **more)  # type: ignore[arg-type]
-        return out
-
-    if family != "llama":
-        yield case("folded", "right", None, fold)
-        yield case("folded", "no tensor lock", None, fold, tensor_lock=False)
-
-
-def cases(family: str) -> Iterator[Case]:
-    if family in IN_GGUF:
-        yield from gguf_cases(family)
-    if family in IN_MLX:
-        yield from mlx_cases(family)
-    yield from folder_cases(family)
-    yield from folded_cases(family)
-
-
-TABLE = [(family, one) for family in FAMILIES for one in cases(family)]
-
-
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("originals")
-    found = {f: tiny.save(f, root / f, torch.bfloat16) for f in ZERO_CENTRED}
-    return found | {"llama": files.plain_llama(root / "llama")}
+    return check_cases.originals(tmp_path_factory.mktemp("originals"))
 
 
 @pytest.mark.parametrize(
@@ -153,24 +39,33 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 )
 def test_verdict(family: str, wanted: Case, originals: dict[str, Path], tmp_path: Path) -> None:
     original = originals[family]
-    made = wanted.write(original, tmp_path / ("a.gguf" if wanted.form == "gguf" else "made"))
-    report = check(made, against=original)
+    report = checked(wanted, original, tmp_path)
     wrong = {norm.finding for norm in report.norms if not norm.right}
     assert wrong == ({wanted.found} if wanted.found else set()), report.verdict.line
     assert report.verdict.right is (wanted.found is None)
     assert report.verdict.exit_code == int(not report.verdict.right)
     assert {n.name for n in report.norms} == {
-        name.removeprefix("model.") for name in files.norms_of(original)
+        re.sub(r"^(model\.|language_model\.)*", "", name).replace("index_", "indexer.")
+        for name in files.norms_of(original)
+        if "vision" not in name or wanted.form != "gguf"
     }
 
 
 def test_table_is_wide() -> None:
     """What the table above is asked to be: files, formats and families, right and wrong."""
     assert len(TABLE) >= 200
-    assert len({c.form for _, c in TABLE}) >= 8
-    assert len({f for f, _ in TABLE}) >= 6
+    assert len({c.form for _, c in TABLE}) >= 10
+    assert len({f for f, _ in TABLE}) >= 12
     verdicts = Counter(c.found is None for _, c in TABLE)
-    assert min(verdicts.values()) >= 40
+    assert min(verdicts.values()) >= 80
+
+
+def test_what_is_kept_of_the_table_is_what_it_says() -> None:
+    """The documents show it."""
+    kept = json.loads(check_cases.RESULTS.read_text())
+    assert kept == [check_cases.expected(*row) for row in TABLE], (
+        "run `cd tests/support && python check_cases.py`, then `make docs`"
+    )
 
 
 class TestNumbers:
@@ -206,6 +101,46 @@ class TestNumbers:
         norm = next(n for n in report.norms if not n.right)
         assert norm.offset == pytest.approx(0.375, abs=1e-6)
         assert norm.residual is not None and norm.residual < 1e-6
+
+
+@pytest.mark.parametrize(("family", "architecture"), [("plamo2", "plamo2"), ("plamo3", "plamo3")])
+def test_offsets_that_are_not_1(family: str, architecture: str, tmp_path: Path) -> None:
+    """PLaMo's post norms add 1/5 and 1/5^1.5: llama.cpp's converter does, and adding 1 is wrong."""
+    stored = {
+        "pre_mixer_norm": ("attn_norm", 1.0),
+        "post_mixer_norm": ("post_attention_norm", 1 / 5),
+        "pre_mlp_norm": ("ffn_norm", 1.0),
+        "post_mlp_norm": ("post_ffw_norm", 1 / 5**1.5),
+        "mixer.q_norm": ("attn_q_norm", 1.0),
+        "mixer.k_norm": ("attn_k_norm", 1.0),
+    }
+    if family == "plamo2":  # its attention has no row that says what its norms are called there
+        stored = {name: row for name, row in stored.items() if "mixer." not in name}
+    rng = np.random.default_rng(12)
+    tensors = {"model.norm.weight": rng.normal(0, 0.4, 64).astype(BF16)}
+    held = {"output_norm": ("model.norm.weight", 1.0)}
+    for layer, (name, (short, offset)) in itertools.product(range(2), stored.items()):
+        full = f"model.layers.layers.{layer}.{name}.weight"
+        tensors[full] = rng.normal(0, 0.4, 64).astype(BF16)
+        held[f"blk.{layer}.{short}"] = (full, offset)
+    original = write_checkpoint(
+        tmp_path / "original", tensors, {"model_type": family, "num_hidden_layers": 2}
+    )
+    for everywhere in (None, 1.0):
+        writer = gguf.GGUFWriter(tmp_path / "a.gguf", architecture)
+        writer.add_block_count(2)
+        for name, (full, offset) in held.items():
+            values = tensors[full].astype(np.float32) + np.float32(everywhere or offset)
+            writer.add_tensor(f"{name}.weight", values)
+        files.finish(writer)
+        report = check(tmp_path / "a.gguf", against=original)
+        wrong = {norm.name.split(".")[-2]: norm for norm in report.norms if not norm.right}
+        assert wrong.keys() == ({"post_mixer_norm", "post_mlp_norm"} if everywhere else set())
+        assert len(report.norms) == len(tensors)
+        assert report.verdict.right is (everywhere is None)
+    assert "1 + w" in wrong["post_mixer_norm"].remark
+    assert wrong["post_mlp_norm"].finding is Finding.OFFSET
+    assert wrong["post_mlp_norm"].offset == pytest.approx(1, abs=1e-6)
 
 
 class TestScales:
@@ -382,6 +317,20 @@ class TestAlone:
         assert (report.evidence.added, report.evidence.rounding) == (added_times, rounding)
         assert report.verdict.right is is_right
 
+    @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32])
+    def test_gains_that_are_all_above_1(self, dtype: type, tmp_path: Path) -> None:
+        """Such weights look like gammas by their shares; nobody made those of such fine numbers."""
+        rng = np.random.default_rng(7)
+        names = ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm")
+        tensors = {
+            f"model.{name}.weight": rng.uniform(0.01, 1.5, 256).astype(dtype) for name in names
+        }
+        config = {"model_type": "gemma", "num_hidden_layers": 1}
+        original = write_checkpoint(tmp_path / "original", tensors, config)
+        assert check(original).verdict.right is None
+        folded = files.write_folder(original, tmp_path / "folded", added(1))
+        assert check(folded).verdict.right is False
+
     def test_too_little_to_tell(self, originals: dict[str, Path]) -> None:
         report = check(originals["nemotron"])
         assert report.verdict.right is None
@@ -433,6 +382,57 @@ class TestSides:
         report = check(alone, against=wrapper)
         assert report.verdict.right is True
         assert "multi_modal_projector.mm_soft_emb_norm.weight" in report.left_out
+
+    def test_layouts_of_vendors(self, originals: dict[str, Path], tmp_path: Path) -> None:
+        """The same norms by other names; Muse Glimmer's use a name of transformers for another."""
+        renamed = {
+            "muse_glimmer_text": {
+                "post_attention_layernorm": "post_attn_norm",
+                "pre_feedforward_layernorm": "post_attention_layernorm",
+                "post_feedforward_layernorm": "post_ffn_norm",
+            },
+            "minimax_m3_vl_text": {
+                "indexer.q_norm": "index_q_norm",
+                "indexer.k_norm": "index_k_norm",
+            },
+        }
+        for family, names in renamed.items():
+            original = originals[family]
+            pattern = re.compile("|".join(map(re.escape, names)))
+            tensors = {
+                pattern.sub(lambda m, names=names: names[m[0]], name): tensor
+                for name, tensor in files.read_tensors(original).items()
+            }
+            config = json.loads((original / "config.json").read_text())
+            vendor = write_checkpoint(tmp_path / family, tensors, config)
+            made = files.write_gguf(original, tmp_path / f"{family}.gguf")
+            for one, two in (
+                (original, vendor),
+                (vendor, original),
+                (made, vendor),
+                (made, original),
+            ):
+                report = check(one, against=two)
+                assert report.verdict.right is True, report.verdict.line
+                assert len(report.norms) == len(files.norms_of(original)) and not report.left_out
+        name = "layers.0.post_attention_layernorm.weight"
+        gain = files.read_tensors(tmp_path / "muse_glimmer_text")[name].astype(np.float32) + 1
+        np.save(tmp_path / "gain.npy", gain)
+        given = [f"{name}={tmp_path / 'gain.npy'}"]
+        report = check(tensors=given, against=tmp_path / "muse_glimmer_text")
+        assert report.norms[0].name == "layers.0.pre_feedforward_layernorm.weight"
+        assert report.verdict.right is True
+        assert check(tensors=given, against=originals["muse_glimmer_text"]).verdict.right is False
+
+    @pytest.mark.parametrize("family", families.FAMILIES)
+    def test_itself_and_its_fold_are_right(self, family: str, tmp_path: Path) -> None:
+        original = tmp_path / "original"
+        families.build(family, torch.bfloat16).save_pretrained(original)
+        convert(original, tmp_path / "folded")
+        for file in (original, tmp_path / "folded"):
+            report = check(file, against=original)
+            assert report.verdict.right is True, report.verdict.line
+            assert report.norms and not report.left_out
 
     @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
     def test_adapter_merged_by_peft(self, originals: dict[str, Path], tmp_path: Path) -> None:

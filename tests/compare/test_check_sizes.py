@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commands import run_here
 from hubserver import HubServer
 
 from gemma_fold import CheckpointError, HostError, check
 from gemma_fold.checkpoint.header import with_length
+from gemma_fold.checkpoint.hub import download
 from gemma_fold.compare.files.opening import open_file
 
 _LAYERS, _HIDDEN, _HEAD, _WIDE = 62, 5376, 128, 21504
@@ -28,6 +30,7 @@ _NORMS = {
     "self_attn.q_norm": ("attn_q_norm", _HEAD),
     "self_attn.k_norm": ("attn_k_norm", _HEAD),
 }
+_ELEMENTS = _LAYERS * (4 * _HIDDEN + 2 * _HEAD) + _HIDDEN
 _MATRICES = {"q": (4096, _HIDDEN), "o": (_HIDDEN, 4096), "up": (3 * _WIDE, _HIDDEN)}
 
 
@@ -56,8 +59,8 @@ def sparse_folder(folder: Path) -> Path:
     return folder
 
 
-def sparse_gguf(path: Path) -> Path:
-    """The same as llama.cpp has it, with a vocabulary of Gemma's size."""
+def sparse_gguf(path: Path) -> int:
+    """The same as llama.cpp has it, with a vocabulary of Gemma's size; the length of its header."""
     writer = gguf.GGUFWriter(path, "gemma3")
     writer.add_block_count(_LAYERS)
     writer.add_token_list([f"token {n}" for n in range(262_144)])
@@ -69,13 +72,11 @@ def sparse_gguf(path: Path) -> Path:
     for stored, (name, size) in names.items():
         w = _weights(name, size).astype(np.float32)
         writer.add_tensor(f"{stored}.weight", w + np.float32(1))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    files.finish(writer)
+    header = path.stat().st_size - 4 * _ELEMENTS
     with open(path, "r+b") as file:
         file.truncate(16 << 30)
-    return path
+    return header
 
 
 def _weights(name: str, size: int) -> np.ndarray:
@@ -88,19 +89,45 @@ def _header_length(folder: Path) -> int:
         return int.from_bytes(file.read(8), "little")
 
 
-def test_of_27_billion_parameters_only_norms_are_read(tmp_path: Path) -> None:
-    folder = sparse_folder(tmp_path / "original")
-    made = sparse_gguf(tmp_path / "a.gguf")
+def _bytes_read() -> int:
+    """By this process so far, as the kernel counts."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("rchar:")))
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
+    """A folder, a GGUF file, and the bytes of both headers."""
+    root = tmp_path_factory.mktemp("sparse")
+    folder, made = sparse_folder(root / "original"), root / "a.gguf"
+    return folder, made, 8 + _header_length(folder) + sparse_gguf(made)
+
+
+@pytest.mark.parametrize("command", ["check", "diff"])
+def test_the_kernel_counts_no_more_than_headers_and_norms(
+    command: str, sparse: tuple[Path, Path, int]
+) -> None:
+    folder, made, headers = sparse
+    sides = (made, "--against", folder) if command == "check" else (folder, made)
+    run_here(command, *sides)  # so that all modules are imported
+    before = _bytes_read()
+    assert run_here(command, *sides, "--json").returncode == 0
+    read = _bytes_read() - before
+    # Headers are read in blocks of a megabyte, so the last reaches into the tensors.
+    assert read < headers + 6 * _ELEMENTS + (2 << 20) < made.stat().st_size / 500
+
+
+def test_of_27_billion_parameters_only_norms_are_read(sparse: tuple[Path, Path, int]) -> None:
+    folder, made, _ = sparse
     report = check(made, against=folder)
     assert report.verdict.right is True and len(report.norms) == 6 * _LAYERS + 1
     assert report.against is not None
-    elements = _LAYERS * (4 * _HIDDEN + 2 * _HEAD) + _HIDDEN
     header = _header_length(folder)
     config = (folder / "config.json").stat().st_size
-    assert report.against.read == 2 * elements + 8 + header + config
+    assert report.against.read == 2 * _ELEMENTS + 8 + header + config
     assert report.against.size > 50e9
     # The header of a GGUF file is mostly its vocabulary, and is read in blocks.
-    assert report.file.read < 4 * elements + (32 << 20) < report.file.size / 100
+    assert report.file.read < 4 * _ELEMENTS + (32 << 20) < report.file.size / 100
 
 
 @pytest.fixture
@@ -132,6 +159,19 @@ class TestHub:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         with pytest.raises(HostError):
             check(original, against="org/original")
+
+    def test_offline_a_downloaded_original_is_found(
+        self, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = files.write_gguf(original, tmp_path / "a.gguf")
+        with HubServer() as hub:
+            commit = hub.add("org/original", original)
+            hub.use(monkeypatch, tmp_path / "cache")
+            download("org/original")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        report = check(made, against="org/original")
+        assert report.verdict.right is True
+        assert report.against is not None and report.against.commit == commit
 
 
 def test_a_file_that_shrinks(original: Path, tmp_path: Path) -> None:

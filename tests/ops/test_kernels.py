@@ -30,6 +30,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from gemma_fold import ops
 from gemma_fold.ops import checks
 from gemma_fold.ops.kernels.rms_norm import rms_norm_kernel
+from gemma_fold.ops.operators import linear
 from gemma_fold.ops.operators.rms_norm import plan as plan_rms_norm
 
 EPS = 1e-6
@@ -226,3 +227,14 @@ def test_no_rows() -> None:
     assert torch.ops.gemma_fold.rms_norm_backward(
         torch.empty(0, 64), torch.empty(0, 64), torch.ones(64), EPS
     )[1].equal(torch.zeros(64))
+
+
+# numpy, in the interpreter, remarks on what is tested
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning:triton.runtime")
+@pytest.mark.parametrize("width", (1, 100, 1500))
+def test_gelu_of_halves(width: int) -> None:
+    x = rows((3, 2 * width), torch.float32, 18, "cpu") * 4
+    gate, up = x.double().chunk(2, dim=-1)
+    tanh = torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))
+    want = 0.5 * gate * (1 + tanh) * up
+    torch.testing.assert_close(linear.gelu_mul(x).double(), want, rtol=1e-5, atol=1e-5)

@@ -32,10 +32,56 @@ GGUF_ARCHITECTURES = {
     "qwen3_next": gguf.MODEL_ARCH.QWEN3NEXT,
     "qwen3_5_text": gguf.MODEL_ARCH.QWEN35,
     "nemotron": gguf.MODEL_ARCH.NEMOTRON,
+    "step3p7": gguf.MODEL_ARCH.STEP35,
+    "gemma3n_text": gguf.MODEL_ARCH.GEMMA3N,
+    "gemma4_text": gguf.MODEL_ARCH.GEMMA4,
     "llama": gguf.MODEL_ARCH.LLAMA,
 }
+_PRE = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+_QK = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_MINIMAX = {
+    **_PRE,
+    **_QK,
+    "self_attn.index_q_norm": "indexer.q_norm",
+    "self_attn.index_k_norm": "indexer.k_norm",
+    "self_attn.indexer.q_norm": "indexer.q_norm",
+    "self_attn.indexer.k_norm": "indexer.k_norm",
+    "norm": "output_norm",
+}
+#: Those that the package does not know yet: the architecture, and what it calls the norms by what
+#: follows `layers.N.` or the root, as gguf-py/gguf/constants.py of llama.cpp has it.
+NEWER_ARCHITECTURES = {
+    "minimax_m3_vl_text": ("minimax-m3", _MINIMAX),
+    "minimax_m3_vl": ("minimax-m3", _MINIMAX),
+    "muse_glimmer_text": (
+        "muse-glimmer",
+        {
+            "input_layernorm": "attn_norm",
+            "post_attention_layernorm": "post_attention_norm",
+            "pre_feedforward_layernorm": "ffn_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+            "norm": "output_norm",
+        },
+    ),
+    "qwen4_exp_text": (
+        "qwen4exp",
+        {
+            **_QK,
+            "attn_hyper_connection.hc_norm": "hc_attn_norm",
+            "mlp_hyper_connection.hc_norm": "hc_ffn_norm",
+            "self_attn.indexer.q_layernorm": "indexer.q_norm",
+            "self_attn.indexer.k_layernorm": "indexer.k_norm",
+            "ple.norm_key": "ple_norm_key",
+            "ple.norm_query": "ple_norm_query",
+            "ple.norm_conv": "ple_norm_conv",
+            "linear_attn.norm": "ssm_norm",
+            "hyper_connection_mixer.hc_norm": "output_hc_norm",
+        },
+    ),
+}
+_IN_LAYER = re.compile(r"(?:model\.|language_model\.)*(?:layers\.(\d+)\.)?(.+)\.weight")
 #: Families for which MLX's `sanitize` adds 1 once and for all.
-MLX_ADDS = ("qwen3_next", "qwen3_5_text")
+MLX_ADDS = ("qwen3_next", "qwen3_5_text", "step3p7")
 #: What tools write into config.json beside the original's.
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True},
@@ -71,7 +117,7 @@ def norms_of(folder: Path) -> dict[str, Norm]:
         pattern = _INDEX.sub("{i}", name)
         if pattern in facts["zero_centred"]:
             found[name] = Norm(tensor.astype(np.float32), True)
-        elif tensor.ndim == 1 and name.endswith("norm.weight"):
+        elif pattern in facts["plain"] or (tensor.ndim == 1 and name.endswith("norm.weight")):
             assert not facts["zero_centred"] or pattern in facts["plain"], name
             found[name] = Norm(tensor.astype(np.float32), False)
     return found
@@ -148,9 +194,9 @@ def write_gguf(
 ) -> Path:
     """A GGUF file as llama.cpp's converter names it, with a vocabulary and a matrix."""
     config = json.loads((original / "config.json").read_text())
-    architecture = GGUF_ARCHITECTURES[config["model_type"]]
-    names = get_tensor_name_map(architecture, config["num_hidden_layers"])
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    config |= config.get("text_config", {}) | {"model_type": config["model_type"]}
+    architecture, named = _gguf_names(config)
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_token_list([f"token {n}" for n in range(1000)])
     writer.add_token_scores([0.5] * 1000)
@@ -158,8 +204,10 @@ def write_gguf(
     for name, norm in norms_of(original).items():
         if drop and drop in name:
             continue
-        stored = names.get_name(name, try_suffixes=(".weight",))
-        assert stored is not None, name
+        stored = named(name)
+        if stored is None:
+            assert "vision" in name, name
+            continue
         values = change(name, norm, 1).astype(dtype)
         if dtype == ml_dtypes.bfloat16:
             writer.add_tensor(
@@ -169,11 +217,35 @@ def write_gguf(
             )
         else:
             writer.add_tensor(stored, values)
+    finish(writer)
+    return path
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write what it was given."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+
+
+def _gguf_names(config: Mapping[str, Any]) -> tuple[str, Callable[[str], str | None]]:
+    """The architecture of a family, and what it calls a tensor of transformers."""
+    family = config["model_type"]
+    if family in GGUF_ARCHITECTURES:
+        known = get_tensor_name_map(GGUF_ARCHITECTURES[family], config["num_hidden_layers"])
+        architecture = gguf.MODEL_ARCH_NAMES[GGUF_ARCHITECTURES[family]]
+        return architecture, lambda name: known.get_name(name, try_suffixes=(".weight",))
+    architecture, names = NEWER_ARCHITECTURES[family]
+
+    def stored(name: str) -> str | None:
+        found = _IN_LAYER.fullmatch(name)
+        if found is None or found[2] not in names:
+            return None
+        layer = f"blk.{found[1]}." if found[1] else ""
+        return f"{layer}{names[found[2]]}.weight"
+
+    return architecture, stored
 
 
 def write_folder(
@@ -223,6 +295,22 @@ def write_arrays(original: Path, folder: Path, change: Change = right) -> list[s
         np.save(folder / f"{number}.npy", change(name, norm, int(norm.zero_centred)))
         given.append(f"{name}={folder / f'{number}.npy'}")
     return given
+
+
+def from_facts(family: str, folder: Path) -> Path:
+    """Two layers of nothing but the norms that were measured of a plain family."""
+    rng = np.random.default_rng(6)
+    tensors: Tensors = {"model.embed_tokens.weight": np.zeros((8, 32), ml_dtypes.bfloat16)}
+    for pattern in FACTS[family]["plain"]:
+        for layer in range(2 if "{i}" in pattern else 1):
+            if pattern.startswith("model.") and pattern.endswith("norm.weight"):
+                w = rng.normal(1, 0.3, 32).astype(ml_dtypes.bfloat16)
+                tensors[pattern.replace("{i}", str(layer))] = w
+    folder.mkdir(parents=True)
+    config = {"model_type": family, "num_hidden_layers": 2, "hidden_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def plain_llama(folder: Path) -> Path:

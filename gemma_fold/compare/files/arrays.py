@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from gemma_fold.checkpoint.regular import open_regular
 from gemma_fold.compare.files.model import MOST_BYTES, NormFile, Tensor
 from gemma_fold.errors import CheckpointError, UsageError
 
@@ -52,14 +52,7 @@ def _load(place: str) -> np.ndarray[tuple[int], np.dtype[np.generic]]:
     """A one-dimensional array in one of the dtypes above."""
     if place == "-":
         return _parse(sys.stdin.buffer, "standard input")
-    path = Path(place)
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error.strerror}; check the file and its permissions"
-        ) from error
-    with open(fd, "rb") as file:
+    with open_regular(Path(place)) as file:
         return _parse(file, place)
 
 

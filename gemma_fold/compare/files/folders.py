@@ -17,6 +17,12 @@ from gemma_fold.compare.files.model import NormFile, Tensor
 from gemma_fold.compare.sides import original_config
 
 _THREADS = 8
+#: What quantizers leave beside a config.json that does not name them.
+_TOOL_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 
 
 def open_folder(source: str) -> NormFile:
@@ -27,15 +33,12 @@ def open_folder(source: str) -> NormFile:
         HostError: the Hub cannot be reached.
     """
     found = hub_id(source)
-    if found is not None and not hub.is_offline():
-        return _remote(source, hub.fetch_headers(*found))
     if found is not None:
-        path, commit = hub.download(*found)
-        return _local(source, open_checkpoint(path), commit)
-    return _local(source, open_checkpoint(source), None)
+        return _remote(source, hub.fetch_headers(*found))
+    return _local(source, open_checkpoint(source))
 
 
-def _local(name: str, checkpoint: Checkpoint, commit: str | None) -> NormFile:
+def _local(name: str, checkpoint: Checkpoint) -> NormFile:
     held = checkpoint.tensors()
 
     def read(names: Collection[str]) -> Mapping[str, bytes]:
@@ -49,7 +52,7 @@ def _local(name: str, checkpoint: Checkpoint, commit: str | None) -> NormFile:
         checkpoint.others,
         read,
         texts,
-        commit or checkpoint.origin.commit,
+        checkpoint.origin.commit,
     )
 
 
@@ -83,6 +86,7 @@ def _file(
     entries = {t.name: t for header in headers.values() for t in header.tensors.values()}
     base, folded = original_config(config, others, Path(os.path.basename(name)))
     form, tool = _form(config, headers, entries)
+    tool = tool or next((_TOOL_FILES[file] for file in _TOOL_FILES if file in others), "")
     if folded:
         form, tool = "folded", "gemma-fold"
     tensors = {
@@ -103,9 +107,15 @@ def _form(
     settings = config.get("quantization")
     if by_mlx or (isinstance(settings, Mapping) and "group_size" in settings) or _is_mlx(entries):
         return "mlx", "MLX"
-    quantized = config.get("quantization_config")
-    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
-    return "safetensors", method[:40] if isinstance(method, str) else ""
+    return "safetensors", _quantizer(config) or _quantizer(config.get("text_config"))
+
+
+def _quantizer(config: Any) -> str:
+    quantized = config.get("quantization_config") if isinstance(config, Mapping) else None
+    if not isinstance(quantized, Mapping) or not quantized:
+        return ""
+    method = quantized.get("quant_method")
+    return method if isinstance(method, str) and method else "quantized"
 
 
 def _is_mlx(entries: Mapping[str, TensorEntry]) -> bool:

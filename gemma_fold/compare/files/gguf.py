@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import struct
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from gemma_fold.checkpoint.header import ITEMSIZE
 from gemma_fold.checkpoint.names import shown
+from gemma_fold.checkpoint.regular import open_regular
 from gemma_fold.compare.files.model import MOST_BYTES
 from gemma_fold.errors import CheckpointError
 
+MAGIC = b"GGUF"
 _BLOCK = 1 << 20
 _MOST_KEYS = 1 << 16
 _MOST_TENSORS = 1 << 17
@@ -60,6 +62,15 @@ class GgufTensor:
         return 0 if self.dtype is None else self.size * int(ITEMSIZE[self.dtype])
 
 
+class _Row(NamedTuple):
+    """A tensor as the header describes it; `offset` counts from the first one's place."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int
+    offset: int
+
+
 @dataclass(frozen=True, slots=True)
 class Gguf:
     """The header of a GGUF file, or of all parts of a split one.
@@ -93,7 +104,7 @@ def read_gguf(path: Path) -> Gguf:
 
 def read_tensor(tensor: GgufTensor) -> bytes:
     """The bytes of one tensor."""
-    with open(tensor.path, "rb", buffering=0) as file:
+    with open_regular(tensor.path) as file:
         raw = os.pread(file.fileno(), tensor.length, tensor.start)
     if len(raw) != tensor.length:
         raise CheckpointError(f"{tensor.path} shrank while it was read; let its writer finish")
@@ -112,7 +123,7 @@ def _parts(path: Path) -> list[Path]:
 
 def _read_part(path: Path) -> Gguf:
     with closing(_Cursor(path)) as cursor:
-        if cursor.take(4) != b"GGUF":
+        if cursor.take(4) != MAGIC:
             raise CheckpointError(f"{path} is no GGUF file; fetch it again, or correct the path")
         (version,) = cursor.unpack("I")
         if version not in (2, 3):
@@ -130,7 +141,8 @@ def _read_part(path: Path) -> Gguf:
         cursor.check(good, f"its alignment is {shown(alignment)}")
         assert isinstance(alignment, int)
         start = -(-cursor.at // alignment) * alignment
-        tensors = tuple(_placed(cursor, row, start) for row in rows if row is not None)
+        placed = [_placed(cursor, row, start) for row in rows]
+        tensors = tuple(tensor for tensor in placed if tensor is not None)
         return Gguf(values, tensors, cursor.size, cursor.read)
 
 
@@ -170,25 +182,26 @@ def _skip_array(cursor: _Cursor, depth: int) -> None:
         cursor.skip(count * struct.calcsize("<" + _SCALARS[kind]))
 
 
-def _description(cursor: _Cursor) -> tuple[str, int, int, int] | None:
-    """Name, elements, type and offset of the next tensor; None where it has more dimensions."""
+def _description(cursor: _Cursor) -> _Row:
+    """The next tensor."""
     name = cursor.text(_LONGEST_NAME)
     (dimensions,) = cursor.unpack("I")
     cursor.check(dimensions <= 8, f"tensor {shown(name)} has {dimensions} dimensions")
     shape = cursor.unpack(f"{dimensions}Q")
-    type_id, offset = cursor.unpack("IQ")
-    return (name, shape[0], type_id, offset) if dimensions == 1 else None
+    return _Row(name, shape, *cursor.unpack("IQ"))
 
 
-def _placed(cursor: _Cursor, row: tuple[str, int, int, int], start: int) -> GgufTensor:
-    name, size, type_id, offset = row
+def _placed(cursor: _Cursor, row: _Row, start: int) -> GgufTensor | None:
+    """A tensor of one dimension, where it is; None for others, which are not read."""
+    name, shape, type_id, offset = row
+    size = shape[0] if len(shape) == 1 else 0
     tensor = GgufTensor(name, _FLOATS.get(type_id), type_id, size, cursor.path, start + offset)
     cursor.check(
         tensor.start + tensor.length <= cursor.size,
         f"tensor {shown(name)} reaches beyond its end",
     )
     cursor.check(tensor.length <= MOST_BYTES, f"tensor {shown(name)} has {size} elements")
-    return tensor
+    return tensor if len(shape) == 1 else None
 
 
 class _Cursor:
@@ -196,24 +209,16 @@ class _Cursor:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            # Without waiting: a named pipe would keep us until someone writes into it.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file; fetch it, or correct the path") from None
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot read {path}: {error.strerror}; check the file and its permissions"
-            ) from error
-        status = os.fstat(self._fd)
-        self.size = status.st_size if stat.S_ISREG(status.st_mode) else 0
+        self._file = open_regular(path)
+        self._fd = self._file.fileno()
+        self.size = os.fstat(self._fd).st_size
         self.read = 0
         self._buffer = b""
         self._base = 0  # file offset of the buffer
         self._index = 0  # position in the buffer, perhaps beyond its end
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
 
     @property
     def at(self) -> int:

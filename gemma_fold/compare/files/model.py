@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,24 @@ from gemma_fold.format.arithmetic import Float32, decode, is_foldable_dtype
 
 #: Bytes of one norm; the widest model there is needs a hundredth of it.
 MOST_BYTES = 16 << 20
+#: Elements of all norms of a file together; the largest model there is has a tenth of it.
+_MOST_ELEMENTS = 1 << 26
 #: Where wrappers put a language model: what may stand before a name without changing what it says.
 _WRAPPERS = frozenset(
     {"base_model", "language_model", "llm", "model", "module", "text_model", "transformer"}
+)
+#: How vendors spell norms that transformers spells otherwise, where any name holds the mark. In the
+#: second, one name means another norm.
+_SPELLINGS = (
+    (".index_q_norm.", {"index_q_norm": "indexer.q_norm", "index_k_norm": "indexer.k_norm"}),
+    (
+        ".post_attn_norm.",
+        {
+            "post_attn_norm": "post_attention_layernorm",
+            "post_attention_layernorm": "pre_feedforward_layernorm",
+            "post_ffn_norm": "post_feedforward_layernorm",
+        },
+    ),
 )
 
 
@@ -75,7 +91,7 @@ class NormFile:
     def values(self, names: Collection[str]) -> dict[str, Float32 | None]:
         """Tensors as float32; None for those of a dtype that cannot be compared.
 
-        Raises CheckpointError for one that is larger than any norm.
+        Raises CheckpointError for one that is larger than any norm, or too many of them.
         """
         chosen = {name: self.tensors[name] for name in names}
         for tensor in chosen.values():
@@ -84,6 +100,12 @@ class NormFile:
                     f"{shown(tensor.stored)} has {tensor.size} elements, more than any norm; "
                     "fetch the file again"
                 )
+        total = sum(tensor.size for tensor in chosen.values())
+        if total > _MOST_ELEMENTS:
+            raise CheckpointError(
+                f"the norms of {self.name} have {total} elements, more than those of any model; "
+                "fetch the file again"
+            )
         raw = self.read([name for name, t in chosen.items() if t.is_comparable])
         return {n: _widened(raw[n], t.dtype) if n in raw else None for n, t in chosen.items()}
 
@@ -103,16 +125,15 @@ def canonical(name: str) -> str:
     return ".".join(parts)
 
 
-def by_canonical_name(names: Iterable[str]) -> dict[str, str]:
-    """Canonical name -> name; names that would be one keep their own."""
-    found: dict[str, str] = {}
-    twice: set[str] = set()
-    names = tuple(names)
-    for name in names:
-        short = canonical(name)
-        if short in found:
-            twice.add(short)
-        found[short] = name
-    if twice:
-        return {canonical(n) if canonical(n) not in twice else n: n for n in names}
-    return found
+def by_canonical_name(names: Collection[str]) -> dict[str, str]:
+    """Canonical name in transformers' spelling -> name; names that would be one keep theirs."""
+    spelled = {name: canonical(name) for name in names}
+    for mark, spelling in _SPELLINGS:
+        if any(mark in name for name in names):
+            spelled = {name: _respelled(short, spelling) for name, short in spelled.items()}
+    count = Counter(spelled.values())
+    return {short if count[short] == 1 else name: name for name, short in spelled.items()}
+
+
+def _respelled(name: str, spelling: Mapping[str, str]) -> str:
+    return ".".join(spelling.get(part, part) for part in name.split("."))

@@ -84,6 +84,9 @@ def _conclude(pooled: Float32, expected: int) -> tuple[int | None, str, str, lis
     if added is not None:
         return added, "", "bits", [reason, guess_reason]
     grid = _grid(pooled)
+    if guess and (finer := _finer_than_sums(pooled, grid)):
+        guess = None
+        guess_reason += f"; but {finer:,} of them are finer than any sum with 1"
     if grid and expected > 0:
         # Either w, or a gamma that was rounded: what float32 gamma would be, it is not.
         reason = f"all {pooled.size:,} numbers fit {grid}, as those of w or of a rounded gamma do"
@@ -105,6 +108,17 @@ def _grid(pooled: Float32) -> str:
         if np.array_equal(ROUNDINGS[how](pooled), pooled):
             return how
     return ""
+
+
+def _finer_than_sums(pooled: Float32, grid: str) -> int:
+    """How many numbers are no sum with 1 in their dtype: small weights, never added to."""
+
+    def rounded(values: Float32) -> Float32:
+        return ROUNDINGS[grid](values) if grid else values
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        again = rounded(rounded(pooled - np.float32(1)) + np.float32(1))
+    return int(np.count_nonzero(again != pooled))
 
 
 def _by_bits(pooled: Float32) -> tuple[int | None, str]:

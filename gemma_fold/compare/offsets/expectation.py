@@ -30,12 +30,14 @@ class NormRule:
         zero_centred: whether the original stores w, and its gain is offset + w.
         offset: what is added; 1 for plain norms, to which a converter may add it by mistake.
         family: the row of the rules that decided.
+        is_folded: whether gemma-fold folds it; an input scaled by 1 + w is no gain.
     """
 
     key: str
     zero_centred: bool
     offset: float
     family: str
+    is_folded: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ def find_norms(file: NormFile) -> Norms:
             kinds[ours[name].kind],
             fold.offset if (fold := ours[name].fold) else 1.0,
             ours[name].family,
+            ours[name].kind is Kind.ZERO_CENTRED,
         )
         for key, name in names.items()
     }
@@ -90,7 +93,9 @@ def expected_additions(form: str, rule: NormRule, told: str | None = None) -> in
         return 1 if told == "gamma" else 0
     if form == "mlx":
         return 1 if rule.family in STORED_AS_GAMMA else 0
-    return 1 if form in ("folded", "gguf", "tensors") else 0
+    if form == "folded":
+        return 1 if rule.is_folded else 0
+    return 1 if form in ("gguf", "tensors") else 0
 
 
 def may_round(form: str) -> bool:

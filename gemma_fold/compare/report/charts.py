@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -15,8 +15,9 @@ from matplotlib.ticker import MaxNLocator
 
 from gemma_fold.compare.outputs.results import Floats, Outputs
 from gemma_fold.compare.report.tables import histogram_rows
-from gemma_fold.compare.weights.norms import NormStats
-from gemma_fold.compare.weights.tensors import TensorDiff, Weights
+from gemma_fold.compare.weights.tensors import Weights
+
+Value = TypeVar("Value")
 
 #: Colours that stand for the page's own until the SVG text is finished.
 _INK, _MUTED, _ACCENT, _SECOND, _GRID = "#0a0b0c", "#0a0b0d", "#0a0b0e", "#0a0b0f", "#0a0b10"
@@ -114,7 +115,7 @@ def _kl_steps(axes: Any, name: str, values: Floats, edges: Floats, colour: str) 
 
 def gamma_chart(weights: Weights) -> str | None:
     """Extent and mean of gamma by layer, one panel for each kind of norm."""
-    kinds = _by_kind(weights.norms)
+    kinds = _by_kind((t.name, t.norm.gamma_a) for t in weights.norms if t.norm)
     if not kinds:
         return None
 
@@ -123,7 +124,7 @@ def gamma_chart(weights: Weights) -> str | None:
         panels = figure.subplots(-(-len(kinds) // columns), columns, squeeze=False).flat
         for axes, (kind, layers) in zip(panels, kinds.items(), strict=False):
             numbers = [number for number, _ in layers]
-            spreads = [stats.gamma_a for _, stats in layers]
+            spreads = [spread for _, spread in layers]
             low, mean, high = ([getattr(s, k) for s in spreads] for k in ("min", "mean", "max"))
             axes.fill_between(numbers, low, high, color=_ACCENT, alpha=0.18, lw=0)
             axes.plot(numbers, mean, color=_ACCENT, lw=1.6)
@@ -138,18 +139,20 @@ def gamma_chart(weights: Weights) -> str | None:
     return _svg("gamma", (9, 2.0 * -(-len(kinds) // 3) + 0.2), draw)
 
 
-def layer_chart(weights: Weights) -> str | None:
-    """Share of weights that differ, by layer and kind of norm; None if none does."""
-    kinds = _by_kind(weights.norms)
-    if not weights.changed or not kinds:
+def layer_chart(norms: Sequence[tuple[str, int, int]]) -> str | None:
+    """Share of weights that differ, by layer and kind of norm; None where none does.
+
+    `norms` are name, weights that differ, and weights in all.
+    """
+    kinds = _by_kind((name, changed / max(1, elements)) for name, changed, elements in norms)
+    if not any(changed for _, changed, _ in norms) or not kinds:
         return None
     layers = 1 + max(number for entries in kinds.values() for number, _ in entries)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for row, entries in enumerate(kinds.values()):
-            for number, stats in entries:
-                share = stats.changed / max(1, stats.elements)
+            for number, share in entries:
                 place = (number - 0.46, row - 0.44)
                 axes.add_patch(Rectangle(place, 0.92, 0.88, fc=_GRID, lw=0, alpha=0.5))
                 axes.add_patch(Rectangle(place, 0.92, 0.88, fc=_ACCENT, lw=0, alpha=share))
@@ -166,14 +169,14 @@ def layer_chart(weights: Weights) -> str | None:
     return _svg("layers", (9, 0.34 * len(kinds) + 0.9), draw)
 
 
-def _by_kind(norms: Sequence[TensorDiff]) -> dict[str, list[tuple[int, NormStats]]]:
-    """Norms of numbered layers by their name within the layer, sorted by layer."""
-    kinds: dict[str, list[tuple[int, NormStats]]] = {}
-    for tensor in norms:
-        match = _LAYER.search(tensor.name)
-        if match and tensor.norm:
-            kind = tensor.name[match.end() + 1 :].removesuffix(".weight")
-            kinds.setdefault(kind, []).append((int(match[1]), tensor.norm))
+def _by_kind(norms: Iterable[tuple[str, Value]]) -> dict[str, list[tuple[int, Value]]]:
+    """What is known of norms of numbered layers, by their name within the layer and by layer."""
+    kinds: dict[str, list[tuple[int, Value]]] = {}
+    for name, value in norms:
+        match = _LAYER.search(name)
+        if match:
+            kind = name[match.end() + 1 :].removesuffix(".weight")
+            kinds.setdefault(kind, []).append((int(match[1]), value))
     return {kind: sorted(layers, key=lambda item: item[0]) for kind, layers in kinds.items()}
 
 

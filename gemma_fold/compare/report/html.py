@@ -10,8 +10,11 @@ from typing import Any
 from gemma_fold.compare.report import tables
 from gemma_fold.compare.report.verdict import DiffReport
 from gemma_fold.compare.report.writers import notes
+from gemma_fold.compare.run import check_writable
 from gemma_fold.compare.weights.norms import TensorClass
+from gemma_fold.compare.weights.tensors import Weights
 from gemma_fold.errors import HostError
+from gemma_fold.text import printable
 
 
 def check_can_render() -> None:
@@ -23,43 +26,34 @@ def check_can_render() -> None:
             )
 
 
-def is_page(path: Path) -> bool:
-    """Whether a file may be an earlier page."""
+def check_page(path: Path) -> None:
+    """UsageError or HostError unless a page can be made and written to `path`."""
+    check_writable(path, "--html", _is_page)
+    check_can_render()
+
+
+def _is_page(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(15).lower() in (b"", b"<!doctype html>")
-
-
-def write_html(report: DiffReport, path: Path) -> None:
-    """Write the page.
-
-    Raises:
-        HostError: a package is missing.
-        OSError: the file cannot be written.
-    """
-    path.write_text(html(report), "utf-8")
 
 
 def html(report: DiffReport) -> str:
     """The page's text."""
     check_can_render()
-    import jinja2
-
     from gemma_fold.compare.report import charts
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(
-        files("gemma_fold.compare.report").joinpath("report.html").read_text("utf-8")
-    )
     weights, outputs = report.weights, report.outputs
-    return template.render(
+    return page(
+        "diff.html",
         report=report,
+        environment=report.environment,
         facts=_facts(report),
         structure=list(tables.structure_lines(report)),
         notes=list(notes(report)),
         classes=tables.class_table(weights) if weights else None,
         norms=tables.norm_table(weights, grouped=False) if weights and weights.norms else None,
         others=tables.other_table(weights) if weights and weights.others else None,
-        layer_chart=charts.layer_chart(weights) if weights else None,
+        layer_chart=charts.layer_chart(_changed(weights)) if weights else None,
         ulp_chart=charts.ulp_chart(weights) if weights else None,
         gamma_chart=charts.gamma_chart(weights) if weights else None,
         statistics=tables.output_table(outputs) if outputs else None,
@@ -69,6 +63,23 @@ def html(report: DiffReport) -> str:
         kl_chart=charts.kl_chart(outputs) if outputs else None,
         greedy=outputs.greedy if outputs else (),
     )
+
+
+def page(template: str, **values: Any) -> str:
+    """A template of this folder, filled; text is escaped, and so are control characters."""
+    import jinja2
+
+    folder = files("gemma_fold.compare.report")
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
+    )
+    return printable(environment.get_template(template).render(values))
+
+
+def _changed(weights: Weights) -> list[tuple[str, int, int]]:
+    return [(t.name, t.norm.changed, t.norm.elements) for t in weights.norms if t.norm]
 
 
 def _facts(report: DiffReport) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def markdown(report: DiffReport) -> str:
     ]
     for item in _tables(report):
         if item.rows:
-            lines += [f"### {item.title}", "", *_markdown_table(item), ""]
+            lines += [f"### {item.title}", "", *markdown_table(item), ""]
     lines.append(", ".join(f"{key} {value}" for key, value in report.environment.items()))
     return "\n".join(lines)
 
@@ -66,7 +66,7 @@ def to_json(report: DiffReport) -> dict[str, Any]:
         "a": dataclasses.asdict(report.a),
         "b": dataclasses.asdict(report.b),
         "limits": dataclasses.asdict(report.limits),
-        "structure": _plain(dataclasses.asdict(structure)) if structure else None,
+        "structure": plain(dataclasses.asdict(structure)) if structure else None,
         "weights": _weights_json(report) if weights else None,
         "outputs": _outputs_json(report) if outputs else None,
         "environment": dict(report.environment),
@@ -96,7 +96,7 @@ def _tensor_json(tensor: Any) -> dict[str, Any]:
         value |= value.pop("norm")
     else:
         del value["norm"]
-    return _plain(value)  # type: ignore[no-any-return]
+    return plain(value)  # type: ignore[no-any-return]
 
 
 def _outputs_json(report: DiffReport) -> dict[str, Any]:
@@ -105,14 +105,15 @@ def _outputs_json(report: DiffReport) -> dict[str, Any]:
     value = dataclasses.asdict(dataclasses.replace(outputs, kl=()))  # type: ignore[arg-type]
     del value["kl"]
     value["percentiles"] = list(PERCENTILES)
-    return _plain(value)  # type: ignore[no-any-return]
+    return plain(value)  # type: ignore[no-any-return]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold: NaN and infinity become null."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -159,7 +160,8 @@ def _histogram(report: DiffReport) -> Iterator[str]:
             yield f"  {label:>11}  {count:>9,}  {bar}"
 
 
-def _markdown_table(item: Table) -> Iterator[str]:
+def markdown_table(item: Table) -> Iterator[str]:
+    """A table's lines."""
     yield "| " + " | ".join(item.header) + " |"
     yield "|" + " --- |" * len(item.header)
     for row in item.rows:

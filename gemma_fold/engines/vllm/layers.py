@@ -27,6 +27,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from gemma_fold.engines.attach.handed import methods_of
 from gemma_fold.engines.known_code import VLLM, Family
 from gemma_fold.engines.mode import refuse_if_required
+from gemma_fold.engines.vllm.linear import stream, unstreamed
 from gemma_fold.engines.vllm.norms import (
     NativeNorm,
     PassedNorm,
@@ -77,6 +78,11 @@ def make_native(model: nn.Module, native: Native) -> int:
             logger.warning_once("gemma-fold: %s; its norms run in stock mode", problem)
             continue
         norms += _Decoder(family, module, layers, native).run()
+        if not unstreamed(native.vllm_config):
+            adapters = native.vllm_config.lora_config is not None
+            streamed, count = stream(layers, adapters=adapters)
+            native.tally.streamed += streamed
+            native.tally.linear += count
     return norms
 
 

@@ -224,19 +224,36 @@ def _make_native(model: nn.Module, loading: Loading) -> None:
     loading.tally.native += norms
     if norms:
         logger.info_once(
-            "gemma-fold: native mode, %d norms with fp32 gamma; %s",
+            "gemma-fold: native mode, %d norms with fp32 gamma; %s; %s",
             norms,
             "vLLM does the all-reduces" if workspace is None else find(workspace).explain(),
+            _explain_linear(loading),
         )
-        _separate_compile_cache(loading.vllm_config)
+        _separate_compile_cache(loading)
 
 
-def _separate_compile_cache(vllm_config: Any) -> None:
+def _explain_linear(loading: Loading) -> str:
+    """Which linear layers stream their weight for a few tokens, and why others do not."""
+    from gemma_fold.engines.vllm.linear import unstreamed
+
+    if reason := unstreamed(loading.vllm_config):
+        return f"linear layers as in vLLM ({reason})"
+    tally = loading.tally
+    text = f"{tally.streamed} of {tally.linear} linear layers stream their weight for few tokens"
+    if tally.streamed == tally.linear:
+        return text
+    device = current_platform.get_device_name()
+    return f"{text} (only bf16 weights of sizes that were measured to be faster on {device})"
+
+
+def _separate_compile_cache(loading: Loading) -> None:
     """vLLM finds compiled graphs by its config, which must show that these are other graphs."""
     from gemma_fold.engines.vllm.norms import choose_qk_mode
 
+    vllm_config = loading.vllm_config
     if isinstance(vllm_config.additional_config, dict):
-        vllm_config.additional_config["gemma_fold"] = f"{__version__} {choose_qk_mode(vllm_config)}"
+        chosen = f"{choose_qk_mode(vllm_config)} {loading.tally.streamed}"
+        vllm_config.additional_config["gemma_fold"] = f"{__version__} {chosen}"
     else:  # a platform's own object, whose hash does not cover this
         os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
 

@@ -34,13 +34,18 @@ _CLASSES: dict[str, float | str] = {
 
 
 class Tally:
-    """How many zero-centred norms a model has, and what they took while it was loaded."""
+    """How many zero-centred norms a model has, and what they took while it was loaded.
+
+    Also how many of its linear layers stream their weight in native mode.
+    """
 
     def __init__(self) -> None:
         self.native = 0
         self.stock = 0
         self.gammas = 0
         self.raw = 0
+        self.linear = 0
+        self.streamed = 0
 
     @property
     def norms(self) -> int:

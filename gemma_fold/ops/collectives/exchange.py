@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_fold.ops import program
 from gemma_fold.ops.checks import row_stride
-from gemma_fold.ops.collectives import program, tuning
+from gemma_fold.ops.collectives import tuning
 
 Rows = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, y, residual and total, [rows, H]
 Gammas = tuple[Tensor | None, Tensor | None]  # fp32 [H] of the post-norm and the pre-norm
@@ -87,7 +88,7 @@ class PeerExchange:
         self._failed = torch.zeros(1, dtype=torch.int32, device=device)
         self._sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._kernels: dict[tuple[Any, ...], program.Kernel] = {}
-        self._arguments = program.arguments_type(size.world)()
+        self._arguments = _arguments_type(size.world)()
         self._arguments.failed = self._failed.data_ptr()
         self._arguments.pitch = size.pitch
         self._arguments.timeout_ns = int(timeout * 1e9)
@@ -238,7 +239,9 @@ class PeerExchange:
                 "FP8": _FP8_MODES[fp8],
             }
             name = f"{operator}_{'two' if two_shot else 'one'}_shot"
-            kernel = program.load(self.device.index, name, defines, shape.threads)
+            kernel = program.load(
+                self.device.index, "collectives/kernel.cu", name, defines, shape.threads
+            )
             self._kernels[key] = kernel
         return kernel
 
@@ -250,3 +253,15 @@ def _rows(x: Tensor, name: str) -> Tensor:
     if x.data_ptr() % tuning.VECTOR_BYTES or step % tuning.VECTOR_BYTES:
         return x.contiguous().clone().view(-1, x.shape[-1])
     return x.as_strided((x.numel() // x.shape[-1], x.shape[-1]), (stride, 1))
+
+
+def _arguments_type(world: int) -> type[ctypes.Structure]:
+    """The struct Args of ``kernel.cu`` for `world` ranks."""
+    pointers = ("x", "residual", "post_gamma", "pre_gamma", "y", "total", "scale", "uses", "failed")
+    fields: list[tuple[str, Any]] = [("buffers", ctypes.c_uint64 * world)]
+    fields += [(name, ctypes.c_void_p) for name in pointers]
+    fields += [("x_stride", ctypes.c_int64), ("residual_stride", ctypes.c_int64)]
+    fields += [("pitch", ctypes.c_uint64), ("timeout_ns", ctypes.c_uint64)]
+    fields += [(name, ctypes.c_int32) for name in ("rows", "capacity", "rank")]
+    fields += [(name, ctypes.c_float) for name in ("post_eps", "pre_eps")]
+    return type("Args", (ctypes.Structure,), {"_fields_": fields})

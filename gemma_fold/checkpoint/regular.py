@@ -1,0 +1,38 @@
+"""Opening a file that somebody names: only a regular one, and without waiting for anybody."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from gemma_fold.errors import CheckpointError, HostError
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The regular file `path`, open for reading without a buffer.
+
+    Raises:
+        CheckpointError: there is nothing of that name, or no regular file.
+        HostError: the system does not let us read it.
+    """
+    try:
+        file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115  (closed by whoever asked)
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: not a regular file; correct the path") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path}: no such file; fetch it, or correct the path") from None
+    except OSError as error:
+        raise HostError(
+            f"{path}: cannot be read ({error.strerror}); check its permissions and the disk"
+        ) from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CheckpointError(f"{path}: not a regular file; correct the path")
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A named pipe would keep us until someone writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
