@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -110,6 +111,7 @@ def main() -> int:
     parser.add_argument("--extra", action="append", default=[], choices=EXTRAS)
     parser.add_argument("--out", type=Path, help="keep what was built here")
     options = parser.parse_args()
+    os.environ.pop("PYTHONPATH", None)  # or pip takes what is there for installed
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         out = options.out or work / "dist"
