@@ -670,7 +670,7 @@ def test_rest_of_a_save_is_kept_where_its_folder_is_gone(command: str, tmp_path:
     shutil.rmtree(out)
     given = {"convert": source, "unfold": tmp_path / "folded"}[command]
     result = run(command, given, "-o", out)
-    assert result.returncode == 0 and "out.replaced" in result.stdout
+    assert result.returncode == 0 and "out.replaced" in result.stderr
     assert texts(tmp_path / "out.replaced") == NEW | {"old-config.json": "old"}
 
 
