@@ -25,19 +25,24 @@ COMMANDS = sorted(group.commands)
 
 
 def on_terminal(*arguments: str | Path, columns: int = 80, **environment: str) -> str:
-    """What a terminal of 80 columns is sent by a run of gemma-fold."""
+    """What a terminal of so many columns is sent by a run of gemma-fold."""
+    return shown_by("-m", "gemma_fold", *map(str, arguments), COLUMNS=str(columns), **environment)
+
+
+def shown_by(*command: str, code: int = 0, **environment: str) -> str:
+    """What a terminal is sent by Python with `command`, which exits with `code`."""
     parent, child = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "gemma_fold", *map(str, arguments)],
+        [sys.executable, *command],
         stdin=child,
         stdout=child,
         stderr=child,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": str(columns)} | environment,
+        env=os.environ | {"TERM": "xterm"} | environment,
     )
     os.close(child)
     shown = b"".join(_read(parent))
-    assert process.wait(patience.seconds(120)) in (0, 1, 2)
     os.close(parent)
+    assert process.wait(patience.seconds(120)) == code, shown
     return shown.decode()
 
 
@@ -151,12 +156,7 @@ def test_a_bar_ends_its_line_before_an_error(model: Path, tmp_path: Path) -> Non
         f"sys.argv = ['gemma-fold', 'convert', {str(model)!r}, '-o', {str(tmp_path / 'o')!r}]\n"
         "cli.main()\n"
     )
-    parent, child = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=child, stderr=child)
-    os.close(child)
-    last = b"".join(_read(parent)).decode().rstrip().splitlines()[-1]
-    os.close(parent)
-    assert process.wait(patience.seconds(60)) == 2
+    last = shown_by("-c", code, code=2).rstrip().splitlines()[-1]
     assert re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last).strip().startswith("gemma-fold: ")
 
 
@@ -168,12 +168,7 @@ def test_what_takes_long_says_so_on_a_terminal(model: Path) -> None:
         f"sys.argv = ['gemma-fold', 'inspect', {str(model)!r}]\n"
         "cli.main()\n"
     )
-    parent, child = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=child, stderr=child)
-    os.close(child)
-    shown = b"".join(_read(parent)).decode()
-    os.close(parent)
-    assert process.wait(patience.seconds(60)) == 0
+    shown = shown_by("-c", code)
     assert shown.startswith("\rreading headers (1 s)") and "\r\x1b[K" in shown
 
 
