@@ -65,6 +65,7 @@ def run(*arguments: str | Path, more: Sequence[str] = ()) -> subprocess.Complete
     )
 
 
+@pytest.mark.slow
 def test_files_need_nothing_but_the_core(tmp_path: Path) -> None:
     assert "torch" not in core() and "torch" in packages_distributions()
     source = write_checkpoint(tmp_path / "model", shards=2)
@@ -116,6 +117,7 @@ def test_what_needs_more_says_so_in_a_line(
     assert result.stderr == f"gemma-fold: {line}\n"
 
 
+@pytest.mark.slow
 def test_the_library_says_so_too() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"

@@ -47,6 +47,7 @@ def left(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
 
 
+@pytest.mark.slow
 def test_the_result_is_that_of_a_download(hub: HubServer, source: Path, tmp_path: Path) -> None:
     env = environment(hub, tmp_path)
     done = run("convert", "org/tiny", "-o", tmp_path / "one", "--by-shard", env=env)
@@ -96,6 +97,7 @@ def test_one_shard_at_a_time_is_on_the_disk(hub: HubServer, source: Path, tmp_pa
     assert max(sizes) <= int(done.stderr) < max(sizes) + (1 << 20) < sum(sizes)
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_is_tried_again(hub: HubServer, tmp_path: Path) -> None:
     broken = []
 
@@ -112,6 +114,7 @@ def test_a_connection_that_breaks_is_tried_again(hub: HubServer, tmp_path: Path)
     assert tree(tmp_path / "out") == tree(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(hub: HubServer, tmp_path: Path) -> None:
     """Ctrl-C in the middle of the second shard: what had come is not sent again."""
     env = environment(hub, tmp_path)

@@ -93,6 +93,7 @@ def test_version_names_what_it_runs_with() -> None:
     assert f"numpy {__import__('numpy').__version__}" in third
 
 
+@pytest.mark.slow
 def test_quiet_leaves_the_exit_code(model: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", gemma3_tensors(seed=1))
     out = tmp_path / "out"
@@ -160,6 +161,7 @@ def test_a_bar_ends_its_line_before_an_error(model: Path, tmp_path: Path) -> Non
     assert re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last).strip().startswith("gemma-fold: ")
 
 
+@pytest.mark.slow
 def test_what_takes_long_says_so_on_a_terminal(model: Path) -> None:
     code = (
         "import sys, time; from gemma_fold import cli; from gemma_fold.commands import inspect\n"

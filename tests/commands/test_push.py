@@ -133,6 +133,7 @@ def test_a_pull_request_leaves_the_main_branch(
     assert run("verify", proposed.folder).returncode == 0
 
 
+@pytest.mark.slow
 def test_it_can_be_pushed_again_and_after_a_fetch(
     hub: HubServer, folded: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -149,6 +150,7 @@ def test_it_can_be_pushed_again_and_after_a_fetch(
     assert one_files == two_files
 
 
+@pytest.mark.slow
 def test_what_is_refused(
     hub: HubServer, folded: Path, source: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:

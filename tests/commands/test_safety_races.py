@@ -494,6 +494,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_any_name_of_out(name: str, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "model")

@@ -97,6 +97,7 @@ def test_wrong_engine_arguments_are_the_engines_to_judge(folded: Path) -> None:
         serve(folded, port=free_port(), engine_args=["--no-such-option"])
 
 
+@pytest.mark.slow
 def test_what_is_served_is_said_once_all_is_checked(folded: Path) -> None:
     port = free_port()
     arguments = ("--port", str(port), "--json", "--", "--no-such-argument")
