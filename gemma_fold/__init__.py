@@ -4,6 +4,7 @@
     gemma_fold.convert(source, out)     fold a checkpoint on disk
     gemma_fold.verify(folded)           check one that was folded
     gemma_fold.unfold(folded, out)      the very bytes it was made from
+    gemma_fold.push(folded, repo_id)    upload it to the Hub, with a model card
     gemma_fold.check(file, against=a)   whether a converter got the +1 of every norm right
     gemma_fold.diff(a, b)               compare two checkpoints, or what two models answer
     gemma_fold.load(path_or_hub_id)     a folded checkpoint as a transformers model
@@ -12,7 +13,8 @@
     gemma_fold.rules                    lookup(model_type, tensor): what a norm's weight stores
     gemma_fold.ops                      operators that take the fp32 gamma
 
-Importing this package imports neither torch nor numpy; a name does when it is first used.
+Importing this package imports neither torch nor numpy; a name does when it is first used. The last
+four need torch (`pip install 'gemma-fold[torch]'`); `diff` does to compare outputs.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from gemma_fold.errors import (
     NothingToFoldError,
     UnsupportedModelError,
     UsageError,
+    missing_extra,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from gemma_fold.commands.check import CheckReport, check
     from gemma_fold.commands.convert import ConversionReport, convert
     from gemma_fold.commands.inspect import Inspection, inspect
+    from gemma_fold.commands.push import PushReport, push
     from gemma_fold.commands.unfold import unfold
     from gemma_fold.commands.verify import VerifyReport, verify
     from gemma_fold.compare.report.verdict import DiffLimits, DiffReport
@@ -53,6 +57,7 @@ _HOME = {
     "DiffReport": "compare.report.verdict",
     "Inspection": "commands.inspect",
     "Progress": "checkpoint.progress",
+    "PushReport": "commands.push",
     "VerifyReport": "commands.verify",
     "check": "commands.check",
     "convert": "commands.convert",
@@ -61,6 +66,7 @@ _HOME = {
     "inspect": "commands.inspect",
     "load": "engines.transformers.plugin",
     "ops": "",
+    "push": "commands.push",
     "rules": "",
     "unfold": "commands.unfold",
     "unfold_model": "engines.transformers.weights",
@@ -80,6 +86,7 @@ __all__ = [
     "Inspection",
     "NothingToFoldError",
     "Progress",
+    "PushReport",
     "UnsupportedModelError",
     "UsageError",
     "VerifyReport",
@@ -91,6 +98,7 @@ __all__ = [
     "inspect",
     "load",
     "ops",
+    "push",
     "rules",
     "unfold",
     "unfold_model",
@@ -102,9 +110,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOME[name]
-    if not home:
-        return import_module(f"{__name__}.{name}")
-    return getattr(import_module(f"{__name__}.{home}"), name)
+    try:
+        module = import_module(f"{__name__}.{home or name}")
+    except ModuleNotFoundError as error:
+        raise missing_extra(f"{__name__}.{name}", error) or error from None
+    return getattr(module, name) if home else module
 
 
 def __dir__() -> list[str]:

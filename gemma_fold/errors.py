@@ -49,3 +49,15 @@ class HostError(GemmaFoldError):
 def first_line(error: BaseException, most: int = 200) -> str:
     """The text of another library's exception, for a message of ours; its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
+#: The extra that brings a package, by the name the package is imported by.
+_EXTRAS = {"torch": "torch", "transformers": "transformers"}
+
+
+def missing_extra(what: str, error: ModuleNotFoundError) -> HostError | None:
+    """That `what` needs an extra that is not installed; None where another module is missing."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return None
+    return HostError(f"{what} needs {package}: pip install 'gemma-fold[{_EXTRAS[package]}]'")

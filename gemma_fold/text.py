@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 
 #: With what starts a line, or turns the direction of what follows.
@@ -31,10 +34,32 @@ def human_size(size: float) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, two spaces apart."""
+    """Columns padded to their widest cell, two spaces apart.
+
+    On a terminal that is too narrow for that, each row is its first cell, and the others below it
+    by their names.
+    """
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    columns = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else None
+    if columns is not None and sum(widths) + 2 * (len(widths) - 1) > columns:
+        return "\n".join(_stacked(header, line, columns) for line in lines[1:])
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def _stacked(header: Sequence[str], line: Sequence[str], columns: int) -> str:
+    named = zip(header[1:], line[1:], strict=True)
+    below = "; ".join(f"{name.lower()} {cell}" for name, cell in named if cell)
+    indent = "    "
+    wrapped = textwrap.wrap(
+        below,
+        columns,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join([line[0], *wrapped])

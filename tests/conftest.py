@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ if importlib.util.find_spec("hypothesis"):
     # How long an example takes says more of what else the machine does than of the code.
     hypothesis.settings.register_profile("unhurried", deadline=None)
     hypothesis.settings.load_profile("unhurried")
+
+# An error that nobody expects fails a test, here and in the processes that it starts.
+os.environ["GEMMA_FOLD_TRACEBACK"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILDER = ROOT / "examples" / "make_gemma3_270m.py"

@@ -60,6 +60,7 @@ def test_every_name_that_is_public_is_listed() -> None:
         gemma_fold.fold  # noqa: B018
 
 
+@pytest.mark.slow
 def test_commands_stay_functions_whatever_was_imported() -> None:
     code = """
 import gemma_fold, pkgutil
@@ -99,6 +100,7 @@ first = state()
 """
 
 
+@pytest.mark.slow
 def test_importing_the_transformers_integration_changes_nothing_and_install_all_once() -> None:
     code = f"""{WRAPPED}
 import gemma_fold.engines.transformers as integration
@@ -114,6 +116,7 @@ print(changed(second))
     assert run(code).split() == ["0", "5", "0"]
 
 
+@pytest.mark.slow
 def test_an_unpickled_model_installs_it(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(gemma_fold.fold_model(tiny.build("gemma3_text")), path)

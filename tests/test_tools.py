@@ -11,6 +11,7 @@ import canary
 import environments
 import lock
 import pytest
+import release
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,3 +107,21 @@ def test_a_canary_counts_what_pytest_wrote(tmp_path: Path) -> None:
     found = canary.with_tests(GOOD, report)
     assert (found.passed, found.tests) == (1, 3)
     assert found.problem == "test_bad: assert 1 == 2"
+
+
+def test_a_release_is_what_its_tag_says() -> None:
+    version = release.version()
+    old = "## 0.0.1 (2020-01-01)\n\nold\n"
+    assert release.notes(f"v{version}", f"## {version} (2026-12-01)\n\n* new\n\n{old}") == "* new"
+    for tag, changelog, problem in (
+        ("v0.0.1", f"## {version} (2026-12-01)\n", "is not v"),
+        (f"v{version}", old, "begins with 0.0.1"),
+        (f"v{version}", f"## {version} (unreleased)\n", "the day of the release"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            release.notes(tag, changelog)
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    newest = release._HEADING.search((ROOT / "CHANGELOG.md").read_text())
+    assert newest is not None and newest["version"] == release.version()

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from typing import Any
 
+from benchmarks.report.frames import results
 from benchmarks.report.words import table
 from benchmarks.run import ROOT
 
@@ -27,11 +28,13 @@ def fused() -> str:
 
 def _engine(engine: str, versions: dict[str, list[dict[str, Any]]]) -> str:
     families = list(dict.fromkeys(row["family"] for rows in versions.values() for row in rows))
+    on_gpus = {result.versions.get(engine) for result in results(engine)}
     lines = []
     for version, rows in versions.items():
         cells = {row["family"]: f"{row['fused']} of {row['expected']}" for row in rows}
-        levels = ", ".join(sorted({row["level"] for row in rows}))
-        lines.append([version, *(cells.get(family, "not there") for family in families), levels])
+        levels = sorted({row["level"] for row in rows}) + ["run on GPUs"] * (version in on_gpus)
+        named = (cells.get(family, "not there") for family in families)
+        lines.append([version, *named, ", ".join(levels)])
     return table((engine, *families, "level"), lines)
 
 

@@ -10,7 +10,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _FIRST_READ = 2**17  # bytes; holds nearly every header, so that one request per file is enough
 _MAX_JSON = 2**28  # bytes
+_PIECE = 2**20  # bytes
 _TIMEOUT = 30.0  # seconds without an answer
 _THREADS = 8
 
@@ -40,8 +42,16 @@ _NOT_NEEDED = (
     "*.msgpack",
     "*.onnx",
     "*.onnx_data",
+    "*.tflite",
+    "onnx/*",
+    "openvino/*",
+    "coreml/*",
+    "original/*",
+    "optimizer*",
+    "runs/*",
+    "*.tfevents*",
 )
-"""The same weights in other formats, which would double a download."""
+"""The same weights in other formats, which would double a download, and what training leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,7 @@ class RemoteCheckpoint:
         headers: by file name, for every safetensors file at the top of the repository.
         files: every file's size in bytes by its path in the repository.
         folder: the snapshot in the cache, where HF_HUB_OFFLINE lets only the cache answer.
+        sha256: of the large files, as the Hub has it.
     """
 
     repo_id: str
@@ -65,6 +76,11 @@ class RemoteCheckpoint:
     headers: Mapping[str, Header]
     files: Mapping[str, int]
     folder: Path | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    def needed(self) -> list[str]:
+        """The files that `download` would bring."""
+        return [n for n in self.files if not any(fnmatch(n, p) for p in _NOT_NEEDED)]
 
 
 def looks_like_hub_id(text: str) -> bool:
@@ -116,7 +132,9 @@ def fetch_headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint
         names = sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
         with ThreadPoolExecutor(_THREADS) as pool:
             headers = dict(zip(names, pool.map(remote.header, names), strict=True))
-    result = RemoteCheckpoint(repo_id, remote.commit, config, index, headers, files)
+    known = {file.rfilename: getattr(file.lfs, "sha256", None) for file in info.siblings or ()}
+    sha256 = {name: text for name, text in known.items() if text and _SHA256.fullmatch(text)}
+    result = RemoteCheckpoint(repo_id, remote.commit, config, index, headers, files, sha256=sha256)
     _check_complete(result)
     return result
 
@@ -135,6 +153,20 @@ def open_ranges(checkpoint: RemoteCheckpoint) -> Callable[[str, int, int], bytes
             return remote.read(name, begin, end)
 
     return read
+
+
+def open_stream(checkpoint: RemoteCheckpoint) -> Callable[[str, int, int], Iterator[bytes]]:
+    """What sends the bytes [begin, end) of a file of `checkpoint` piece by piece, by one request.
+
+    It raises HostError if the Hub cannot be reached, or no more comes.
+    """
+    remote = _Remote(checkpoint.repo_id, checkpoint.commit, checkpoint.files)
+
+    def stream(name: str, begin: int, end: int) -> Iterator[bytes]:
+        with _explained(checkpoint.repo_id, checkpoint.commit):
+            yield from remote.stream(name, begin, end)
+
+    return stream
 
 
 def download(repo_id: str, revision: str | None = None) -> tuple[Path, str]:
@@ -157,6 +189,60 @@ def download(repo_id: str, revision: str | None = None) -> tuple[Path, str]:
 
         path = snapshot_download(repo_id, revision=revision, ignore_patterns=list(_NOT_NEEDED))
     return Path(path), Path(path).name
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A commit: `url` is that of the pull request, if one was opened."""
+
+    url: str
+    commit: str
+    pull_request: str | None
+
+
+def prepare_repo(repo_id: str, *, private: bool, create_pr: bool, marker: str) -> list[str]:
+    """Make the repository, or see that nothing in the one there is would be lost; warnings.
+
+    Raises:
+        UsageError: the repository holds another model: weights without the file `marker`.
+        HostError: the Hub cannot be reached, or does not let us in.
+    """
+    with _explained(repo_id, None):
+        from huggingface_hub import HfApi, get_token
+
+        if get_token() is None:
+            raise HostError("push needs a token that may write; `hf auth login`, or set HF_TOKEN")
+        api = HfApi()
+        if not api.repo_exists(repo_id):
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
+            return []
+        info = api.model_info(repo_id, timeout=_TIMEOUT)
+    names = {file.rfilename for file in info.siblings or ()}
+    if any(name.endswith(".safetensors") for name in names) and marker not in names:
+        if not create_pr:
+            raise UsageError(
+                f"{repo_id} holds another model; name a new repository, or propose it there with "
+                "--create-pr"
+            )
+        return [f"{repo_id} holds another model, which the pull request would replace"]
+    if private and not info.private:
+        return [f"{repo_id} was there and stays public"]
+    return []
+
+
+def upload(repo_id: str, folder: Path, message: str, *, create_pr: bool) -> Uploaded:
+    """Upload all that is in a folder; what of it is there already is not sent again.
+
+    Raises:
+        HostError: the Hub cannot be reached, or does not let us in.
+    """
+    with _explained(repo_id, None):
+        from huggingface_hub import HfApi
+
+        made = HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=message, create_pr=create_pr
+        )
+    return Uploaded(made.pr_url or made.commit_url, made.oid, made.pr_revision)
 
 
 def cached_sha256(path: Path) -> str | None:
@@ -230,8 +316,11 @@ class _Remote:
         return parse_header(raw, data_size=size - 8 - length, where=where)
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        """Bytes [begin, end) of a file. Streamed, since a server that ignores the range would
-        otherwise send all of it."""
+        """Bytes [begin, end) of a file."""
+        return b"".join(self.stream(name, begin, end))
+
+    def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """The same as it comes; a server that ignores the range would otherwise send all of it."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             build_hf_headers,
@@ -240,7 +329,7 @@ class _Remote:
         )
 
         if begin == end:
-            return b""
+            return
         headers = {
             **build_hf_headers(),
             "Range": f"bytes={begin}-{end - 1}",
@@ -255,13 +344,16 @@ class _Remote:
                     f"{self.where(name)}: the server does not send parts of files; "
                     "download the model and give its folder"
                 )
+            got = 0
             with _broken_off(self.where(name)):
-                content: bytes = response.read()
-        if len(content) != end - begin:
-            raise HostError(
-                f"{self.where(name)}: asked for {end - begin} bytes, got {len(content)}; try again"
-            )
-        return content
+                for piece in response.iter_bytes(_PIECE):
+                    got += len(piece)
+                    if got <= end - begin:
+                        yield piece
+            if got != end - begin:
+                raise HostError(
+                    f"{self.where(name)}: asked for {end - begin} bytes, got {got}; try again"
+                )
 
 
 def _file_size(size: Any, name: str, repo_id: str) -> int:

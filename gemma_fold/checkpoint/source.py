@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,8 @@ class Checkpoint:
     others: Mapping[str, FileState]
     directories: tuple[str, ...]
     skipped: tuple[str, ...]
+    #: sha256 of files that the Hub told, for those that are not in its cache.
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, tuple[WeightFile, TensorEntry]]:
         """Every tensor by name, with the file that holds it."""

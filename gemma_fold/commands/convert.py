@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from gemma_fold.checkpoint.digest import open_digester, tensor_parts
+from gemma_fold.checkpoint.arrivals import Arrivals, open_arrivals
+from gemma_fold.checkpoint.digest import digest_text, open_digester, tensor_parts
 from gemma_fold.checkpoint.listing import is_empty_or_absent
-from gemma_fold.checkpoint.locate import open_source
+from gemma_fold.checkpoint.locate import hub_id, open_source
 from gemma_fold.checkpoint.progress import Progress
-from gemma_fold.checkpoint.source import CONFIG, Checkpoint
+from gemma_fold.checkpoint.source import CONFIG, Checkpoint, read_tensor
 from gemma_fold.checkpoint.staging import Settled, Staging, open_staging, settle, work_folder
 from gemma_fold.checkpoint.target import check_replaceable, check_target, target_folder
 from gemma_fold.checkpoint.transfer import Transfer
@@ -20,6 +22,7 @@ from gemma_fold.errors import CheckpointError, UsageError
 from gemma_fold.format.digests import check_unchanged
 from gemma_fold.format.manifest import read_manifest
 from gemma_fold.format.names import CONVERTED, MANIFEST
+from gemma_fold.rules import classify
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ def convert(
     force: bool = False,
     digest: bool = True,
     dry_run: bool = False,
+    by_shard: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Fold the checkpoint `source` into the folder `out`, in format 1.
@@ -77,6 +81,8 @@ def convert(
         digest: take a digest of every byte, for `verify` and `unfold`. Without, a reflinked copy
             reads nothing but the norms.
         dry_run: check everything, write nothing.
+        by_shard: fetch a weight file of a Hub id when it is folded, and remove it then, so that the
+            source is never on the disk as a whole, nor in the Hub's cache.
         progress: receives events.
 
     Raises:
@@ -86,44 +92,104 @@ def convert(
         UsageError: `out` is in the way, or endangers the source.
         HostError: disk or permissions; what was done is kept for `resume`.
     """
-    checkpoint = open_source(source)
-    target = target_folder(out)
-    check_target(checkpoint.root, checkpoint.paths(), target, _removable(target, force=force))
-    settled = Settled() if dry_run else settle(target)
-    plan = plan_conversion(checkpoint, tensor_lock=tensor_lock)
-    plan_id, size = plan.digest(digests_taken=digest), plan.size(digests_taken=digest)
-    if resume and (settled.plan == plan_id or plan.is_result(target)):
-        return _report(plan, target, size, {}, settled.notes)
-    replaced = check_replaceable(target, _replaceable(target) if force else None)
-    if replaced is not None:
-        check_unchanged(target)
-    if dry_run:
-        return _report(plan, target, size, {}, ())
     progress = progress or Progress()
+    target = target_folder(out)
+    options = _Options(tensor_lock, resume, restart, force, digest, dry_run)
+    if not by_shard:
+        return _convert(open_source(source), None, target, options, progress)
+    found = hub_id(source)
+    if found is None:
+        raise UsageError(f"{source} is a folder; only a Hub id can arrive shard by shard")
+    progress.waiting("reading headers and norms")
+    with open_arrivals(*found, target, _zero_centred) as arrivals:
+        return _convert(arrivals.checkpoint, arrivals, target, options, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    tensor_lock: bool
+    resume: bool
+    restart: bool
+    force: bool
+    digest: bool
+    dry_run: bool
+
+
+def _convert(
+    checkpoint: Checkpoint,
+    arrivals: Arrivals | None,
+    target: Path,
+    options: _Options,
+    progress: Progress,
+) -> ConversionReport:
+    progress.waiting("reading norms")
+    removable = _removable(target, force=options.force)
+    check_target(checkpoint.root, checkpoint.paths(), target, removable)
+    settled = Settled() if options.dry_run else settle(target)
+    plan = plan_conversion(checkpoint, tensor_lock=options.tensor_lock)
+    plan_id = plan.digest(digests_taken=options.digest, by_commit=arrivals is not None)
+    size = plan.size(digests_taken=options.digest)
+    if options.resume and (settled.plan == plan_id or plan.is_result(target)):
+        return _report(plan, target, size, {}, settled.notes)
+    replaced = check_replaceable(target, _replaceable(target) if options.force else None)
+    if replaced is not None:
+        progress.waiting(f"checking {target}, which will be replaced")
+        check_unchanged(target)
+    if options.dry_run:
+        return _report(plan, target, size, {}, ())
     with (
         open_digester() as digester,
         open_staging(
             target,
             plan_id,
-            size=size - plan.holes(),
-            resume=resume,
-            restart=restart or force,
+            size=size + (arrivals.largest if arrivals else -plan.holes()),
+            resume=options.resume,
+            restart=options.restart or options.force,
             files=plan.files(),
             replaced=replaced,
         ) as staging,
     ):
-        transfer = Transfer(checkpoint.root, staging, progress, digester if digest else None)
-        progress.start(size, len(plan.files()))
-        for item in plan.weights:
-            _write_folded(transfer, item)
+        digesting = digester if options.digest else None
+        transfer = Transfer(checkpoint.root, staging, progress, digesting)
+        progress.start(size + (arrivals.size if arrivals else 0), len(plan.files()))
+        for number, item in enumerate(plan.weights, 1):
+            if arrivals is None:
+                _write_folded(transfer, item)
+                continue
+            progress.file(item.file.name, number)
+            _write_folded(transfer, _arrived(arrivals, item, plan, staging, progress))
+            arrivals.drop(item.file.name)
         _copy_others(transfer, plan.checkpoint, staging)
         if plan.index is not None and checkpoint.index_name is not None:
             transfer.write(checkpoint.index_name, plan.index)
         transfer.write(CONFIG, plan.config)
-        manifest = plan.proven_manifest(transfer.digests if digest else {})
+        manifest = plan.proven_manifest(transfer.digests if options.digest else {})
         transfer.write(MANIFEST, manifest.to_bytes())
         progress.finish()
     return _report(plan, target, size, transfer.moved, (*settled.notes, *staging.notes))
+
+
+def _zero_centred(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> Collection[str]:
+    return classify(config, shapes).zero_centred()
+
+
+def _arrived(
+    arrivals: Arrivals, item: WeightPlan, plan: Plan, staging: Staging, progress: Progress
+) -> WeightPlan:
+    """`item` with its file whole, unless an earlier run was done with it."""
+    file = item.file
+    if staging.done(file.name) is not None:
+        progress.advance(file.state.size)
+        return item
+    whole = replace(file, state=arrivals.bring(file.name, progress.advance))
+    for name in item.gammas:
+        if digest_text(read_tensor(whole, name)) != plan.manifest.tensors[name].blake3:
+            raise CheckpointError(
+                f"{name} of {plan.manifest.origin.name} came in two forms; run again with --restart"
+            )
+    return replace(item, file=whole)
 
 
 def _removable(out: Path, *, force: bool) -> list[Path]:

@@ -89,8 +89,13 @@ class Plan:
         }
         return digests | {name: {"": _NO_DIGEST} for name in self.checkpoint.others}
 
-    def digest(self, *, digests_taken: bool) -> str:
-        """Changes whenever anything about the source, the result or this version changes."""
+    def digest(self, *, digests_taken: bool, by_commit: bool = False) -> str:
+        """Changes whenever anything about the source, the result or this version changes.
+
+        `by_commit`: what the source is, the commit in the manifest says, and not its files here.
+        """
+        if by_commit:
+            return digest_chunks(chain(self.manifest.chunks(), (repr(digests_taken).encode(),)))
         root = os.fsencode(os.path.realpath(self.checkpoint.root))
         states = {item.file.name: item.file.state for item in self.weights}
         states.update(self.checkpoint.others)
@@ -273,10 +278,14 @@ def _files(checkpoint: Checkpoint, weights: list[WeightPlan]) -> dict[str, Sourc
     for item in weights:
         header = item.file.header.raw.decode() if item.layout else None
         name, size = item.file.name, item.file.state.size
-        files[name] = SourceFile(name, size, cached_sha256(item.file.path), header=header)
+        files[name] = SourceFile(name, size, _sha256(checkpoint, name), header=header)
     for name, state in checkpoint.others.items():
-        files[name] = SourceFile(name, state.size, cached_sha256(checkpoint.root / name))
+        files[name] = SourceFile(name, state.size, _sha256(checkpoint, name))
     return files
+
+
+def _sha256(checkpoint: Checkpoint, name: str) -> str | None:
+    return checkpoint.sha256.get(name) or cached_sha256(checkpoint.root / name)
 
 
 def _warnings(

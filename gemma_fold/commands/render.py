@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.rules.model import shorten
-from gemma_fold.text import human_size, table
+from gemma_fold.text import human_size, printable, table
 
 if TYPE_CHECKING:
     from gemma_fold.commands.convert import ConversionReport
     from gemma_fold.commands.inspect import Group, Inspection
+    from gemma_fold.commands.push import PushReport
     from gemma_fold.commands.verify import VerifyReport
     from gemma_fold.rules import Fold
     from gemma_fold.rules.export import Export, ExportedFamily, ExportedNorm
 
+_BAR_WIDTH = 20
 _NORM_NAMES = {
     "rms_norm": "RMSNorm",
     "layer_norm": "LayerNorm",
@@ -99,12 +104,18 @@ def _footnotes(found: Inspection) -> list[str]:
 
 def conversion(report: ConversionReport, *, verb: str) -> str:
     """What `convert` and `unfold` print when they are done."""
-    lines = [f"warning: {warning}" for warning in report.warnings]
-    lines.append(
+    return (
         f"{verb} {report.tensors} norms ({report.elements:,} weights) of {report.model_type} "
         f"into {report.out}: {report.files} files, {human_size(report.size)}"
     )
-    return "\n".join(lines)
+
+
+def pushed(report: PushReport) -> str:
+    """What `push` prints: what was made, or the card of what would be."""
+    what = f"{report.files} files, {human_size(report.size)}"
+    if report.url is None:
+        return f"{report.card}\nwould push {what} to {report.repo_id}, with this card"
+    return f"pushed {what}: {report.url}"
 
 
 def verification(report: VerifyReport) -> str:
@@ -176,25 +187,31 @@ def _rule(norm: ExportedNorm, family: ExportedFamily) -> str:
 
 
 class ProgressBar(Progress):
-    """A bar with bytes and the current file on stderr; nothing if stderr is not a terminal."""
+    """On stderr: a bar with what is done and the current file, or that something goes on."""
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, *, hidden: bool = False) -> None:
         self._label = label
+        self._hidden = hidden
+        self._shown: Callable[[int], str] = human_size
         self._total = ""
         self._files = 0
         self._file = ""
         self._bar: Any = None
+        self._waiting: Waiting | None = None
 
     def start(self, total_bytes: int, files: int) -> None:
-        """Draw the bar, empty."""
-        self._total, self._files = human_size(total_bytes), files
-        self._bar = click.progressbar(
-            length=total_bytes,
-            label=self._label,
-            file=sys.stderr,
-            item_show_func=lambda item: item,
-            hidden=not sys.stderr.isatty(),
-        ).__enter__()
+        """Draw the bar, empty, in bytes."""
+        self._draw(total_bytes, files, human_size)
+
+    def start_steps(self, steps: int, files: int) -> None:
+        """Draw the bar, empty, in steps."""
+        self._draw(steps, files, str)
+
+    def waiting(self, what: str) -> None:
+        """Show that `what` goes on, and for how long, until the next start."""
+        self.finish()
+        if not self._hidden:
+            self._waiting = Waiting(what)
 
     def file(self, name: str, number: int) -> None:
         """Show the file that begins."""
@@ -202,10 +219,53 @@ class ProgressBar(Progress):
         self.advance(0)
 
     def advance(self, n_bytes: int) -> None:
-        """Move on by `n_bytes`."""
-        done = human_size(self._bar.pos + n_bytes)
+        """Move on by `n_bytes`, or so many steps."""
+        done = self._shown(self._bar.pos + n_bytes)
         self._bar.update(n_bytes, f"{done} of {self._total}  {self._file}")
 
     def finish(self) -> None:
-        """Leave the bar as it is, and end its line."""
-        self._bar.__exit__(None, None, None)
+        """End the line of whatever is shown; a bar stays."""
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+        if self._waiting is not None:
+            self._waiting.close()
+            self._waiting = None
+
+    def _draw(self, total: int, files: int, shown: Callable[[int], str]) -> None:
+        self.finish()
+        self._shown, self._total, self._files = shown, shown(total), files
+        # What follows the bar is cut to the terminal, as a line that wraps is not drawn over.
+        room = shutil.get_terminal_size().columns - len(self._label) - _BAR_WIDTH - 22
+        self._bar = click.progressbar(
+            length=total,
+            label=self._label,
+            file=sys.stderr,
+            width=_BAR_WIDTH,
+            item_show_func=lambda item: (item or "")[: max(0, room)],
+            hidden=self._hidden,
+        ).__enter__()
+
+
+class Waiting:
+    """A line on stderr with what goes on and for how long, from the second on that it takes."""
+
+    def __init__(self, what: str) -> None:
+        self._what = printable(what, sys.stderr.encoding, one_line=True)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Remove the line."""
+        self._end.set()
+        self._thread.join()
+
+    def _show(self) -> None:
+        seconds = 0
+        while not self._end.wait(1):
+            seconds += 1
+            columns = shutil.get_terminal_size().columns
+            click.echo(f"\r{self._what} ({seconds} s)"[:columns], err=True, nl=False)
+        if seconds:
+            click.echo("\r\033[K", err=True, nl=False)

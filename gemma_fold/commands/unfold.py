@@ -66,11 +66,11 @@ def unfold(
     check_target(root, checkpoint.paths(), target, [work_folder(target)])
     plan = _plan(root, manifest)
     settled = settle(target)
+    progress = progress or Progress()
+    progress.waiting("looking at what is there")
     if not resume or not (settled.plan == plan or _is_result(target, manifest)):
         check_replaceable(target, None)
-        moved, notes = _write(
-            checkpoint, manifest, target, plan, resume, restart, progress or Progress()
-        )
+        moved, notes = _write(checkpoint, manifest, target, plan, resume, restart, progress)
     else:
         moved, notes = {}, ()
     warnings = [
@@ -146,8 +146,9 @@ def _write(
             proof.begin(manifest.index_name, *_expected(manifest, manifest.index_name))
         transfer.write(CONFIG, manifest.config.encode())
         proof.begin(CONFIG, *_expected(manifest, CONFIG))
-        proof.finish()
         progress.finish()
+        progress.waiting("checking what was written")
+        proof.finish()
     return transfer.moved, staging.notes
 
 

@@ -22,14 +22,14 @@ from gemma_fold.compare.sides import Side, open_headers, open_side
 from gemma_fold.compare.structure import compare_structure
 from gemma_fold.compare.weights.tensors import compare_weights
 from gemma_fold.engines.mode import requested_mode
-from gemma_fold.errors import CheckpointError, UnsupportedModelError, UsageError
+from gemma_fold.errors import CheckpointError, HostError, UnsupportedModelError, UsageError
 
 Result = TypeVar("Result")
 
-_SHOWN_PACKAGES = ("numpy", "safetensors")
+_SHOWN_PACKAGES = ("numpy",)
 _SERVED = ("vllm", "sglang")  # the keys of outputs.engines.ENGINES, which imports torch
 _ENGINES = ("transformers", *_SERVED)
-_SHOWN_FOR_OUTPUTS = ("torch", *_ENGINES)
+_SHOWN_FOR_OUTPUTS = ("safetensors", "torch", *_ENGINES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,11 @@ def diff(
             return None
 
     wanted = options.outputs is not False and not options.structure_only
-    if wanted and not insists and importlib.util.find_spec("transformers") is None:
-        notes.append("outputs were not compared: transformers is not installed")
+    missing = _missing(engines) if wanted else ""
+    if missing and insists:
+        raise HostError(f"comparing outputs needs {missing}")
+    if missing:
+        notes.append(f"outputs were not compared: that needs {missing}")
         wanted = False
     # Before the weights are read, which may take long, so that bad options are refused at once.
     job = attempt(lambda: _plan_outputs(sides, engines, options)) if wanted else None
@@ -129,6 +132,15 @@ def diff(
         verdict=judge(structure, weights, outputs, options.limits),
         environment=describe_environment(outputs),
     )
+
+
+def _missing(engines: tuple[str, str]) -> str:
+    """What is not installed that outputs need, and how to get it; empty if all is there."""
+    extra = "transformers" if "transformers" in engines else "torch"
+    for package in ("torch", extra):
+        if importlib.util.find_spec(package) is None:
+            return f"{package}: pip install 'gemma-fold[{extra}]'"
+    return ""
 
 
 def _engines(a: str, b: str, options: DiffOptions) -> tuple[str, str]:

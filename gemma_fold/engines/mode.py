@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from gemma_fold.errors import UnsupportedModelError, UsageError
 
@@ -126,7 +126,13 @@ def announce(report: Report) -> None:
     _log.log(logging.INFO if report.complete else logging.WARNING, "gemma-fold: %s", report)
 
 
-class _Stderr(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _Handler = logging.StreamHandler[TextIO]
+else:
+    _Handler = logging.StreamHandler  # takes no argument before Python 3.11
+
+
+class _Stderr(_Handler):
     """Writes to what sys.stderr is when something is written."""
 
     def __init__(self) -> None:

@@ -26,6 +26,7 @@ def serve(
     host: str = LOCALHOST,
     port: int = 8000,
     engine_args: Sequence[str] = (),
+    starting: Callable[[str], None] = lambda engine: None,
 ) -> None:
     """Check a folded checkpoint, then serve it over an OpenAI-compatible API until interrupted.
 
@@ -35,6 +36,7 @@ def serve(
         host: the address to listen on.
         port: the port to listen on.
         engine_args: go to the engine's server as they are.
+        starting: is told the engine when all was checked.
 
     Raises:
         UsageError: an unknown engine or argument.
@@ -47,6 +49,7 @@ def serve(
     folder = fetch(checkpoint)[0]
     open_folded(folder)
     _check_port(host, port)
+    starting(engine)
     _SERVERS[engine](folder, host, port, engine_args)
 
 

@@ -346,6 +346,7 @@ def test_valid_headers_read_the_same(
     assert header.raw == raw
 
 
+@pytest.mark.slow
 @FUZZ
 @given(layouts(), st.data())
 def test_damaged_values_get_the_library_s_verdict(
@@ -390,6 +391,7 @@ def edit_document(document: dict[str, Any], size: int, draw: st.DrawFn) -> int:
     return size
 
 
+@pytest.mark.slow
 @FUZZ
 @given(layouts(), metadata, st.data())
 def test_damaged_bytes_are_never_accepted_against_the_library(

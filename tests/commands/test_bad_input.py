@@ -215,7 +215,7 @@ def test_nan_and_infinity_are_reported_and_folded(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "model", with_tensor(NORM, w))
     result = run_here("convert", source, "-o", tmp_path / "out")
     assert result.returncode == 0
-    assert "NaN or infinity in 1 norms" in result.stdout
+    assert "NaN or infinity in 1 norms" in result.stderr
     assert run_here("verify", tmp_path / "out", "--against", source).returncode == 0
     assert run_here("unfold", tmp_path / "out", "-o", tmp_path / "back").returncode == 0
     assert tree(tmp_path / "back") == tree(source)

@@ -135,6 +135,7 @@ def test_output_cut_off_by_head_is_no_error(tmp_path: Path) -> None:
     assert result.stdout.strip() == "{" and result.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_inspected_without_its_weights_then_converted(tmp_path: Path) -> None:
     tensors = gemma3_tensors()
     tensors["model.layers.0.mlp.down_proj.weight"] = np.zeros((4096, 1024), np.float16)

@@ -44,6 +44,7 @@ def die_at(event: int, source: Path, out: Path, *resume: str, module: str = "con
     return subprocess.run(command, timeout=patience.seconds(120), check=False).returncode
 
 
+@pytest.mark.slow
 def test_killed_at_any_event_then_resumed(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "model", shards=2)
     convert(source, tmp_path / "expected")
@@ -64,6 +65,7 @@ def test_killed_at_any_event_then_resumed(tmp_path: Path) -> None:
     assert kills >= 5
 
 
+@pytest.mark.slow
 def test_killed_again_while_resuming(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "model", shards=3)
     out = tmp_path / "out"

@@ -108,6 +108,7 @@ def test_the_reference_is_right(tmp_path: Path) -> None:
             assert folded[name].tobytes() == tensor.tobytes()
 
 
+@pytest.mark.slow
 def test_sample(shim: Path, tmp_path: Path) -> None:
     """Kills and full disks at a few calls of two commands."""
     faults = (

@@ -362,6 +362,7 @@ def test_structure_of_a_hub_id_downloads_no_weights(
         close_session()
 
 
+@pytest.mark.slow
 def test_bytes_are_streamed(tmp_path: Path) -> None:
     sides = []
     for name in ("a", "b"):

@@ -310,6 +310,7 @@ def test_the_noise_floor_is_a_against_itself(root: Path) -> None:
     assert without.outputs is not None and without.outputs.floor is None
 
 
+@pytest.mark.slow
 def test_max_kl_decides_where_values_differ(root: Path) -> None:
     allowed = DiffLimits(max_ulp=1 << 15)
     measured = stats_of(compare_tiny(root, "model", "rounded")).mean_kl
@@ -468,6 +469,7 @@ def short(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_servers(servers: dict[str, LogprobServer], short: Path) -> None:
     same = compare(servers["model"].url, servers["folded"].url, text=short)
     assert same.verdict.same and same.weights is None and same.structure is None
@@ -482,6 +484,7 @@ def test_two_servers(servers: dict[str, LogprobServer], short: Path) -> None:
     assert not differs.verdict.same and stats_of(differs).positions_differing > 0
 
 
+@pytest.mark.slow
 def test_what_a_server_tells_is_a_lower_bound(
     root: Path, servers: dict[str, LogprobServer], short: Path
 ) -> None:
@@ -494,6 +497,7 @@ def test_what_a_server_tells_is_a_lower_bound(
     assert served.scored == exact.scored
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_a_server(
     root: Path, servers: dict[str, LogprobServer], short: Path
 ) -> None:

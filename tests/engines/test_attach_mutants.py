@@ -78,6 +78,7 @@ def fuse(model: Any) -> sandwich.Fusion:
     return sandwich.fuse_layers(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_mutant(target: mutants.Target, models: Any, tmp_path: Path) -> None:
     model = models(target.family)

@@ -68,6 +68,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "case"), CASES)
 def test_it_says_once_why_and_refuses_folded_checkpoints(
     engine: str, case: str, folded: Path, tmp_path: Path

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from commands import run
 from local_server import free_port
 from model_server import OURS, PLAIN, server
 from tokenizers_made import tiny_tokenizer
@@ -93,3 +95,16 @@ def test_a_port_in_use_is_noticed_first(folded: Path) -> None:
 def test_wrong_engine_arguments_are_the_engines_to_judge(folded: Path) -> None:
     with pytest.raises(UsageError, match=r"transformers serve: .*no-such-option"):
         serve(folded, port=free_port(), engine_args=["--no-such-option"])
+
+
+@pytest.mark.slow
+def test_what_is_served_is_said_once_all_is_checked(folded: Path) -> None:
+    port = free_port()
+    arguments = ("--port", str(port), "--json", "--", "--no-such-argument")
+    done = run("serve", folded, *arguments)
+    assert done.returncode == 2 and "No such option" in done.stderr
+    url = f"http://127.0.0.1:{port}/v1"
+    expected = {"checkpoint": str(folded), "engine": "transformers", "url": url}
+    assert json.loads(done.stdout) == expected
+    assert run("serve", folded, "--port", "70000").stdout == ""
+    assert run("serve", folded.parent, "--json").stdout == ""

@@ -354,6 +354,7 @@ class TestWhatUsersDo:
         with pytest.raises(gemma_fold.GemmaFoldError, match="offloading and tensor"):
             gemma_fold.fold_model(model)
 
+    @pytest.mark.slow
     def test_compile_breaks_no_graph_and_does_not_recompile(self, folded: Path) -> None:
         from torch._dynamo.utils import counters
 

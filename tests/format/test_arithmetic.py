@@ -61,6 +61,22 @@ def test_fold_is_the_rounded_exact_sum(dtype: str, offset: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("offset", [1.0, 1 / 5, 1 / 5**1.5])
+def test_fold_gives_the_bits_that_torch_gives(dtype: str, offset: float) -> None:
+    """Both ways, NaN payloads included on the way there: nothing is lost for want of torch."""
+    torch = pytest.importorskip("torch")
+    torch_dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[dtype]
+    w = torch.from_numpy(ALL_16_BITS.view(np.int16).copy()).view(torch_dtype)
+    gamma = w.float() + offset
+    rule = Fold(norm="rms_norm", offset=offset)
+    found = fold(ALL_16_BITS.tobytes(), dtype, rule)
+    np.testing.assert_array_equal(found.view(np.uint32), gamma.numpy().view(np.uint32))
+    back = (gamma - offset).to(torch_dtype).view(torch.int16).numpy().view(NUMPY[dtype])
+    unfolded = np.frombuffer(unfold(found, dtype, rule), NUMPY[dtype])
+    np.testing.assert_array_equal(as_bits(unfolded), as_bits(back))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_a_sum_in_the_storage_dtype_is_gamma_rounded_at_use(dtype: str) -> None:
     torch = pytest.importorskip("torch")
     torch_dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[dtype]

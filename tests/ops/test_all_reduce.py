@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from gemma_fold import ops
-from gemma_fold.ops.collectives import tuning
+from gemma_fold.ops.collectives import exchange, tuning
 from gemma_fold.ops.collectives.exchange import capacity
+from gemma_fold.ops.program import compiled
 
 RANK = Path(__file__).resolve().parents[1] / "support" / "all_reduce_ranks.py"
 
@@ -138,3 +139,16 @@ def test_every_row_is_covered_by_its_threads() -> None:
         held = shape.vectors * shape.threads
         assert shape.threads % 32 == 0 and shape.threads <= 1024
         assert held - shape.threads < row_bytes // 16 <= held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("many", (False, True))
+@pytest.mark.parametrize("fp8", (None, "per_token"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("world", (2, 8))
+def test_the_kernel_compiles_for_hopper(
+    world: int, dtype: torch.dtype, fp8: str | None, many: bool
+) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    macros = exchange.defines(world, 5376, dtype, fp8, many)
+    assert compiled(exchange.SOURCE, (9, 0), tuple(macros.items()))[:4] == b"\x7fELF"

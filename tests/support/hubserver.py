@@ -2,7 +2,8 @@
 
 It speaks what the client uses to look at a model and to download it: model info, the tree listing,
 and `resolve`, which sends small files itself and redirects large ones to a storage host. Every
-byte sent is counted by file, so that a test can prove what was not downloaded.
+byte sent is counted by file, so that a test can prove what was not downloaded. And it takes what
+is uploaded without Xet: new repositories, files over LFS, commits and pull requests.
 
     with HubServer() as hub:
         commit = hub.add("org/name", folder)
@@ -10,10 +11,13 @@ byte sent is counted by file, so that a test can prove what was not downloaded.
         subprocess.run(..., env=hub.environment(tmp_path))
 """
 
+import base64
 import hashlib
 import json
+import tempfile
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,6 +39,7 @@ class Model:
     revisions: tuple[str, ...] = ("main",)
     token: str | None = None
     gated: bool = False
+    private: bool = False
 
     def files(self) -> dict[str, Path]:
         found = sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -48,6 +53,8 @@ class Faults:
     status: list[int] = field(default_factory=list)  # answers to the next file requests
     ignore_range: bool = False
     break_off: bool = False  # promise the whole answer, send half
+    #: Asked before each GET of more than half a megabyte of a large file: whether to send half.
+    breaks_large: Callable[[], bool] | None = None
 
 
 class HubServer:
@@ -58,6 +65,10 @@ class HubServer:
         self.sent: Counter[str] = Counter()
         self.log: list[tuple[str, str, dict[str, str]]] = []  # method, URL, headers
         self.faults = Faults()
+        self.uploads: Path | None = None
+        self.writer: str | None = None  # the token that may write
+        self.stored: dict[str, bytes] = {}  # what came over LFS, by sha256
+        self.pull_requests: list[Model] = []
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -81,6 +92,16 @@ class HubServer:
             digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
         self.models[repo_id] = Model(folder, digest.hexdigest(), **options)
         return digest.hexdigest()
+
+    def allow_uploads(self, folder: Path, token: str) -> None:
+        """Take uploads from who has `token`, into folders below `folder`."""
+        self.uploads, self.writer = folder, token
+
+    def write(self, model: Model, name: str, content: bytes) -> None:
+        """Put an uploaded file into a repository."""
+        path = model.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
     def environment(self, home: Path) -> dict[str, str]:
         """Variables that point another process here, with its cache in `home`."""
@@ -151,11 +172,101 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest[:1] == ["tree"]:
             self.send_json([_described(name, path) for name, path in model.files().items()])
         else:
-            siblings = [
-                {"rfilename": name, "size": path.stat().st_size}
-                for name, path in model.files().items()
-            ]
-            self.send_json({"id": repo_id, "sha": model.commit, "siblings": siblings})
+            siblings = [_sibling(name, path) for name, path in model.files().items()]
+            info = {"id": repo_id, "sha": model.commit, "private": model.private}
+            self.send_json(info | {"siblings": siblings})
+
+    def do_PUT(self) -> None:
+        content = self.body()
+        if self.hub.faults.status:
+            self.refuse(self.hub.faults.status.pop(0), "")
+            return
+        self.hub.stored[hashlib.sha256(content).hexdigest()] = content
+        self.send_json({})
+
+    def do_POST(self) -> None:
+        content = self.body()
+        with self.hub.lock:
+            self.hub.log.append((self.command, self.path, dict(self.headers)))
+        url = urlsplit(self.path)
+        parts = [unquote(part) for part in url.path.strip("/").split("/")]
+        if url.path == "/api/validate-yaml":
+            self.send_json({"errors": [], "warnings": []})
+        elif self.headers.get("Authorization") != f"Bearer {self.hub.writer}":
+            self.refuse(401, "")
+        elif url.path == "/api/repos/create":
+            self.create(json.loads(content))
+        elif parts[2:] == ["info", "lfs", "objects", "batch"]:
+            self.batch(json.loads(content)["objects"])
+        elif parts[4:5] == ["preupload"]:
+            self.preupload(json.loads(content)["files"])
+        elif parts[4:5] == ["commit"]:
+            self.commit("/".join(parts[2:4]), content, "create_pr=1" in url.query)
+        else:
+            self.refuse(404, "")
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        pieces = []
+        while size := int(self.rfile.readline(), 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
+
+    def create(self, asked: dict[str, Any]) -> None:
+        repo_id = f"{asked['organization']}/{asked['name']}"
+        if repo_id in self.hub.models:
+            self.refuse(409, "")
+            return
+        folder = Path(tempfile.mkdtemp(prefix="hub-", dir=self.hub.uploads))
+        private = asked.get("private") is True or asked.get("visibility") == "private"
+        self.hub.models[repo_id] = Model(folder, "0" * 40, private=private)
+        self.send_json({"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
+
+    def preupload(self, files: list[dict[str, Any]]) -> None:
+        modes = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
+                "shouldIgnore": False,
+            }
+            for file in files
+        ]
+        self.send_json({"files": modes})
+
+    def batch(self, objects: list[dict[str, Any]]) -> None:
+        answers = [
+            {"oid": one["oid"], "size": one["size"]}
+            | (
+                {}
+                if one["oid"] in self.hub.stored
+                else {"actions": {"upload": {"href": f"{self.hub.storage}/put/{one['oid']}"}}}
+            )
+            for one in objects
+        ]
+        self.send_json({"transfer": "basic", "objects": answers})
+
+    def commit(self, repo_id: str, content: bytes, as_pull_request: bool) -> None:
+        model = self.hub.models[repo_id]
+        if as_pull_request:
+            folder = Path(tempfile.mkdtemp(prefix="pr-", dir=self.hub.uploads))
+            model = Model(folder, "", revisions=(f"refs/pr/{len(self.hub.pull_requests) + 1}",))
+            self.hub.pull_requests.append(model)
+        for line in map(json.loads, content.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self.hub.write(model, value["path"], base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                self.hub.write(model, value["path"], self.hub.stored[value["oid"]])
+        model.commit = hashlib.sha1(content).hexdigest()
+        answer = {"success": True, "commitOid": model.commit}
+        answer["commitUrl"] = f"{self.hub.url}/{repo_id}/commit/{model.commit}"
+        if as_pull_request:
+            number = len(self.hub.pull_requests)
+            answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{number}"
+        self.send_json(answer)
 
     def resolve(self, repo_id: str, rest: list[str]) -> None:
         model = self.model(repo_id)
@@ -208,7 +319,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if faults.break_off:
+        large = end - begin > 2**19 and key.endswith(LARGE)
+        if faults.break_off or (large and faults.breaks_large and faults.breaks_large()):
             end = begin + (end - begin) // 2
             self.close_connection = True
         self.send_range(key, path, begin, end)
@@ -249,6 +361,14 @@ def _described(name: str, path: Path) -> dict[str, Any]:
     entry = {"type": "file", "path": name, "size": size, "oid": _git_id(path)}
     if name.endswith(LARGE):
         entry["lfs"] = {"oid": sha256(path), "size": size, "pointerSize": 130}
+    return entry
+
+
+def _sibling(name: str, path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    entry: dict[str, Any] = {"rfilename": name, "size": size}
+    if name.endswith(LARGE):
+        entry["lfs"] = {"sha256": sha256(path), "size": size, "pointerSize": 130}
     return entry
 
 

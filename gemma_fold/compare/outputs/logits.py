@@ -59,7 +59,7 @@ def compare_full(
     Both run in the dtype of A. Memory holds one model and the logits of one window; A's logits lie
     in a temporary file. Raises UsageError, UnsupportedModelError or HostError.
     """
-    progress.start(len(tokens.windows) * (1 if settings.logits else 2), 2)
+    progress.start_steps(len(tokens.windows) * (1 if settings.logits else 2), 2)
     with tempfile.TemporaryDirectory(prefix="gemma-fold-diff-") as folder:
         if settings.logits is not None:
             file = settings.logits

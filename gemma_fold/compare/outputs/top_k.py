@@ -153,7 +153,7 @@ def compare_top(
     """
     by_id = all([e.names_ids() for e in (a, b) if isinstance(e, Endpoint)])
     passages, starts, names, origin = _texts(tokens, text, prompts)
-    progress.start(2 * len(passages), 2)
+    progress.start_steps(2 * len(passages), 2)
     readings = []
     ways: list[tuple[Rows, str]] = []  # in which A was asked again
     for number, side in enumerate((a, b), 1):

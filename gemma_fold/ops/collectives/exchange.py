@@ -23,6 +23,7 @@ Rows = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, y, residual and
 Gammas = tuple[Tensor | None, Tensor | None]  # fp32 [H] of the post-norm and the pre-norm
 Eps = tuple[float, float]
 
+SOURCE = "collectives/kernel.cu"
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _WORDS = {2: torch.int16, 4: torch.int32}
 _FP8_MODES = {None: 0, "static": 1, "per_token": 2}
@@ -227,23 +228,28 @@ class PeerExchange:
         key = (operator, hidden, dtype, fp8, two_shot, many)
         kernel = self._kernels.get(key)
         if kernel is None:
-            shape = tuning.shape(hidden * dtype.itemsize)
-            defines = {
-                "H": hidden,
-                "WORLD": self.size.world,
-                "DTYPE": _DTYPES[dtype],
-                "THREADS": shape.threads,
-                "VECS": shape.vectors,
-                "BLOCKS": tuning.blocks_per_sm(shape.threads) if many else 1,
-                "MANY": int(many),
-                "FP8": _FP8_MODES[fp8],
-            }
+            macros = defines(self.size.world, hidden, dtype, fp8, many)
             name = f"{operator}_{'two' if two_shot else 'one'}_shot"
-            kernel = program.load(
-                self.device.index, "collectives/kernel.cu", name, defines, shape.threads
-            )
+            kernel = program.load(self.device.index, SOURCE, name, macros, macros["THREADS"])
             self._kernels[key] = kernel
         return kernel
+
+
+def defines(
+    world: int, hidden: int, dtype: torch.dtype, fp8: str | None, many: bool
+) -> dict[str, int]:
+    """Macros of ``kernel.cu``; `many` rows share what a few do not need."""
+    shape = tuning.shape(hidden * dtype.itemsize)
+    return {
+        "H": hidden,
+        "WORLD": world,
+        "DTYPE": _DTYPES[dtype],
+        "THREADS": shape.threads,
+        "VECS": shape.vectors,
+        "BLOCKS": tuning.blocks_per_sm(shape.threads) if many else 1,
+        "MANY": int(many),
+        "FP8": _FP8_MODES[fp8],
+    }
 
 
 def _rows(x: Tensor, name: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -202,42 +203,50 @@ def _streamed(x: Tensor, weight: Tensor, gated: bool) -> Tensor | None:
     return y.view(*x.shape[:-1], -1)
 
 
-def _run(x: Tensor, weight: Tensor) -> Tensor:
-    _check(x, weight)
-    y = _streamed(x, weight, False)
-    return reference(x, weight) if y is None else y
+class _Product:
+    """An operator of ``x`` and one weight: how a call of it runs.
+
+    Args:
+        name: in ``torch.ops.gemma_fold``.
+        gated: half of the rows of the weight are gates.
+        reference: what it computes; torch differentiates that.
+    """
+
+    def __init__(
+        self, name: str, gated: bool, reference: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        self._gated = gated
+        self._reference = reference
+        self._traced = register(name, ["Tensor x", "Tensor weight"], 1, self._run, self._fake)
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        if runs_eagerly(x, (x, weight)):
+            return self._run(x, weight)
+        trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if trained or is_transformed():
+            self._check(x, weight)
+            return self._reference(x, weight)
+        return self._traced(x, weight)  # type: ignore[no-any-return]
+
+    def _run(self, x: Tensor, weight: Tensor) -> Tensor:
+        self._check(x, weight)
+        y = _streamed(x, weight, self._gated)
+        if y is None and self._gated:
+            return gelu_mul(_linear._run(x, weight))
+        return reference(x, weight) if y is None else y
+
+    def _fake(self, x: Tensor, weight: Tensor) -> Tensor:
+        self._check(x, weight)
+        return x.new_empty((*x.shape[:-1], weight.shape[0] // (1 + self._gated)))
+
+    def _check(self, x: Tensor, weight: Tensor) -> None:
+        _check(x, weight)
+        if self._gated and weight.shape[0] % 2:
+            raise ValueError(f"weight {list(weight.shape)} must have as many gates as other rows")
 
 
-def _run_gelu(x: Tensor, weight: Tensor) -> Tensor:
-    _check_gated(x, weight)
-    y = _streamed(x, weight, True)
-    return gelu_mul(_run(x, weight)) if y is None else y
-
-
-def _check_gated(x: Tensor, weight: Tensor) -> None:
-    _check(x, weight)
-    if weight.shape[0] % 2:
-        raise ValueError(f"weight {list(weight.shape)} must have as many gates as other rows")
-
-
-def _fake(x: Tensor, weight: Tensor) -> Tensor:
-    _check(x, weight)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _fake_gelu(x: Tensor, weight: Tensor) -> Tensor:
-    _check_gated(x, weight)
-    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
-
-
-_SCHEMA = ["Tensor x", "Tensor weight"]
-_traced = register("linear", _SCHEMA, 1, _run, _fake)
-_traced_gelu = register("gelu_linear", _SCHEMA, 1, _run_gelu, _fake_gelu)
-
-
-def _differentiated(x: Tensor, weight: Tensor) -> bool:
-    trained = x.requires_grad or weight.requires_grad
-    return is_transformed() or (torch.is_grad_enabled() and trained)
+_linear = _Product("linear", False, reference)
+_gelu_linear = _Product("gelu_linear", True, gelu_reference)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -245,8 +254,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Up to 16 tokens, on GPUs and for weights for which that was measured
     (``gemma_fold/ops/kernels/linear_shapes.json``), a kernel of its own streams the weight once;
-    everything else is ``torch.nn.functional.linear``. The kernel adds in fp32 and rounds once; a
-    row of its result does not depend on how many rows there are.
+    everything else is ``torch.nn.functional.linear``. The kernel adds in fp32 and rounds once, and
+    gives a row the same bits however many rows it is called with.
 
     Like the norms, the kernel may start while the one before it still runs, and then reads
     ``weight`` at once: what writes a weight must not signal its dependents before it ends.
@@ -262,13 +271,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         TypeError: the dtypes differ.
         ValueError: the shapes do not fit, or the devices differ.
     """
-    if runs_eagerly(x, (x, weight)):
-        return _run(x, weight)
-    if _differentiated(x, weight):
-        _check(x, weight)
-        return reference(x, weight)
-    traced: Tensor = _traced(x, weight)
-    return traced
+    return _linear(x, weight)
 
 
 def gelu_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -288,10 +291,4 @@ def gelu_linear(x: Tensor, weight: Tensor) -> Tensor:
         TypeError: the dtypes differ.
         ValueError: the shapes do not fit, or the devices differ.
     """
-    if runs_eagerly(x, (x, weight)):
-        return _run_gelu(x, weight)
-    if _differentiated(x, weight):
-        _check_gated(x, weight)
-        return gelu_reference(x, weight)
-    traced: Tensor = _traced_gelu(x, weight)
-    return traced
+    return _gelu_linear(x, weight)

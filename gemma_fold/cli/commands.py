@@ -1,57 +1,38 @@
-"""The command line: arguments in, one call into the library, text or JSON out."""
+"""Every command: its arguments, one call into the library, and what is printed of the answer."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from gemma_fold._version import __version__
-from gemma_fold.errors import GemmaFoldError
+from gemma_fold.cli.app import group
+from gemma_fold.cli.output import Printer, output_options
 
-EXIT_INTERRUPTED = 130
+Function = TypeVar("Function", bound=Callable[..., Any])
 _path = click.Path(dir_okay=True, path_type=Path)
 _out_option = click.option("-o", "--out", required=True, metavar="OUT", help="Folder to create.")
 _resume_option = click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 _restart_option = click.option(
     "--restart", is_flag=True, help="Discard an interrupted run and start over."
 )
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+#: A folder, which shells complete, or a Hub id.
+_place = click.Path(path_type=str)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="gemma-fold")
-def cli() -> None:
-    """Fold zero-centred norm weights, gamma = 1 + w, once, offline and exactly.
-
-    \b
-    Examples:
-      gemma-fold inspect google/gemma-3-270m
-      gemma-fold convert gemma-3-270m -o gemma-3-270m-folded
-      gemma-fold verify gemma-3-270m-folded --against gemma-3-270m
-      gemma-fold unfold gemma-3-270m-folded -o gemma-3-270m-again
-      gemma-fold check gemma-3-270m.gguf --against gemma-3-270m
-      gemma-fold diff gemma-3-270m gemma-3-270m-folded
-      gemma-fold serve gemma-3-270m-folded
-      gemma-fold doctor gemma-3-270m-folded
-      gemma-fold rules gemma3_text
-
-    \b
-    Exit codes: 0 ok, 1 differs or check failed, 2 usage or bad input,
-    3 unsupported model or nothing to fold, 130 interrupted.
-    """
+def _command(summary: str, **options: Any) -> Callable[[Function], click.Command]:
+    """A command of the group; `summary` is its line in the list of all."""
+    return lambda function: group.command(short_help=summary, **options)(output_options(function))
 
 
-@cli.command()
-@click.argument("source")
-@_json_option
-def inspect(source: str, as_json: bool) -> None:
+@_command("Say which norms are zero-centred, and what folding would change.")
+@click.argument("source", type=_place)
+def inspect(printer: Printer, source: str) -> None:
     """List which norms of SOURCE are zero-centred, by which rule, and what folding would change.
 
     SOURCE is a folder, or a Hub id such as org/name or org/name@revision. Only headers are read
@@ -67,16 +48,17 @@ def inspect(source: str, as_json: bool) -> None:
     from gemma_fold.commands.inspect import to_json
     from gemma_fold.rules import Verdict
 
-    found = run(source)
-    _print(as_json, lambda: to_json(found), lambda: render.inspection(found))
+    with printer.waiting("reading headers"):
+        found = run(source)
+    printer.show(lambda: to_json(found), lambda: render.inspection(found))
     if found.classification.verdict in (Verdict.NOTHING_TO_FOLD, Verdict.UNSUPPORTED):
         sys.exit(3)
     if found.incomplete:
         sys.exit(2)
 
 
-@cli.command()
-@click.argument("source")
+@_command("Fold a checkpoint.")
+@click.argument("source", type=_place)
 @_out_option
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @_resume_option
@@ -86,6 +68,12 @@ def inspect(source: str, as_json: bool) -> None:
     is_flag=True,
     help="Replace OUT if it is a folded checkpoint that convert made, holds nothing else and was "
     "not changed since; an interrupted run is started over.",
+)
+@click.option(
+    "--by-shard",
+    is_flag=True,
+    help="Fetch a weight file of a Hub id when it is folded and remove it then: the disk holds OUT "
+    "and one file of the source at most.",
 )
 @click.option(
     "--no-digest",
@@ -99,17 +87,17 @@ def inspect(source: str, as_json: bool) -> None:
     help="Write gammas as [H] instead of [H, 1]: for a plain-RMSNorm runtime of your own. "
     "Loaders unaware of the fold then load them without a word.",
 )
-@_json_option
 def convert(
+    printer: Printer,
     source: str,
     out: str,
     dry_run: bool,
     resume: bool,
     restart: bool,
     force: bool,
+    by_shard: bool,
     no_digest: bool,
     no_tensor_lock: bool,
-    as_json: bool,
 ) -> None:
     """Fold SOURCE, a folder or a Hub id, into the new folder OUT.
 
@@ -120,30 +108,33 @@ def convert(
     Examples:
       gemma-fold convert ./gemma-3-270m -o ./gemma-3-270m-folded
       gemma-fold convert google/gemma-3-270m@main -o ./gemma-3-270m-folded --dry-run
+      gemma-fold convert google/gemma-3-27b-it -o ./gemma-3-27b-it-folded --by-shard
     """
     from gemma_fold.commands import render
     from gemma_fold.commands.convert import convert as run
 
-    report = run(
-        source,
-        out,
-        tensor_lock=not no_tensor_lock,
-        resume=resume,
-        restart=restart,
-        force=force,
-        digest=not no_digest,
-        dry_run=dry_run,
-        progress=render.ProgressBar("folding"),
-    )
+    with _resumable(), printer.progress("folding") as progress:
+        report = run(
+            source,
+            out,
+            tensor_lock=not no_tensor_lock,
+            resume=resume,
+            restart=restart,
+            force=force,
+            digest=not no_digest,
+            dry_run=dry_run,
+            by_shard=by_shard,
+            progress=progress,
+        )
     verb = "would fold" if dry_run else "folded"
-    _print(as_json, lambda: _plain(report), lambda: render.conversion(report, verb=verb))
+    printer.warn(report.warnings)
+    printer.show(lambda: _plain(report), lambda: render.conversion(report, verb=verb))
 
 
-@cli.command()
-@click.argument("folded")
+@_command("Check a folded checkpoint, every byte.")
+@click.argument("folded", type=_place)
 @click.option("--against", metavar="SOURCE", help="Compare every byte with the original, too.")
-@_json_option
-def verify(folded: str, against: str | None, as_json: bool) -> None:
+def verify(printer: Printer, folded: str, against: str | None) -> None:
     """Check the FOLDED checkpoint, all of it: format, locks, and every byte by its digest.
 
     \b
@@ -154,21 +145,19 @@ def verify(folded: str, against: str | None, as_json: bool) -> None:
     from gemma_fold.commands import render
     from gemma_fold.commands.verify import verify as run
 
-    report = run(folded, against=against, progress=render.ProgressBar("comparing"))
-    _print(
-        as_json, lambda: {"ok": report.ok, **_plain(report)}, lambda: render.verification(report)
-    )
+    with printer.progress("comparing") as progress:
+        report = run(folded, against=against, progress=progress)
+    printer.show(lambda: {"ok": report.ok, **_plain(report)}, lambda: render.verification(report))
     if not report.ok:
         sys.exit(1)
 
 
-@cli.command()
-@click.argument("folded")
+@_command("Turn a folded checkpoint back into its source.")
+@click.argument("folded", type=_place)
 @_out_option
 @_resume_option
 @_restart_option
-@_json_option
-def unfold(folded: str, out: str, resume: bool, restart: bool, as_json: bool) -> None:
+def unfold(printer: Printer, folded: str, out: str, resume: bool, restart: bool) -> None:
     """Turn the FOLDED checkpoint back into the very bytes it was made from.
 
     \b
@@ -178,14 +167,14 @@ def unfold(folded: str, out: str, resume: bool, restart: bool, as_json: bool) ->
     from gemma_fold.commands import render
     from gemma_fold.commands.unfold import unfold as run
 
-    report = run(
-        folded, out, resume=resume, restart=restart, progress=render.ProgressBar("unfolding")
-    )
-    _print(as_json, lambda: _plain(report), lambda: render.conversion(report, verb="unfolded"))
+    with _resumable(), printer.progress("unfolding") as progress:
+        report = run(folded, out, resume=resume, restart=restart, progress=progress)
+    printer.warn(report.warnings)
+    printer.show(lambda: _plain(report), lambda: render.conversion(report, verb="unfolded"))
 
 
-@cli.command()
-@click.argument("file", required=False)
+@_command("Say whether a converter got the +1 of every norm right.")
+@click.argument("file", type=_place, required=False)
 @click.option("--against", metavar="ORIGINAL", help="The checkpoint that FILE was made from.")
 @click.option(
     "--tensor",
@@ -202,15 +191,14 @@ def unfold(folded: str, out: str, resume: bool, restart: bool, as_json: bool) ->
 @click.option(
     "--all", "every", is_flag=True, help="List every norm, not only those that are wrong."
 )
-@_json_option
 @click.option("--html", type=_path, metavar="FILE", help="Write a report to look at.")
 def check(
+    printer: Printer,
     file: str | None,
     against: str | None,
     tensors: tuple[str, ...],
     expect: str | None,
     every: bool,
-    as_json: bool,
     html: Path | None,
 ) -> None:
     """Say whether the converter that wrote FILE got the +1 of every norm right.
@@ -238,16 +226,17 @@ def check(
         from gemma_fold.compare.report.html import check_page
 
         check_page(html)
-    found = run(file, against=against, tensors=tensors, expect=expect)
+    with printer.waiting("reading norms"):
+        found = run(file, against=against, tensors=tensors, expect=expect)
     if html is not None:
         html.write_text(page(found), "utf-8")
-    _print(as_json, lambda: to_json(found), lambda: check_text.text(found, every=every))
+    printer.show(lambda: to_json(found), lambda: check_text.text(found, every=every))
     sys.exit(found.verdict.exit_code)
 
 
-@cli.command()
-@click.argument("a")
-@click.argument("b")
+@_command("Compare two checkpoints, or what two models answer.")
+@click.argument("a", type=_place)
+@click.argument("b", type=_place)
 @click.option("--structure-only", is_flag=True, help="Headers and configs only: no download.")
 @click.option(
     "--outputs/--no-outputs",
@@ -284,10 +273,9 @@ def check(
     metavar="N",
     help="Error of gamma to tolerate, in float32 ulp; 65536 is one bf16 ulp.",
 )
-@_json_option
 @click.option("--markdown", is_flag=True, help="Print Markdown, for a model card.")
 @click.option("--html", type=_path, metavar="FILE", help="Write a report to look at.")
-def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **given: Any) -> None:
+def diff(printer: Printer, a: str, b: str, markdown: bool, html: Path | None, **given: Any) -> None:
     """Compare A, the reference, with B: structure, every weight, and what the models answer.
 
     Each is a folder (original or folded), a Hub id, or the http:// address of a server. Of files
@@ -303,16 +291,69 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
       gemma-fold diff ./gemma-3-270m gemma-3-270m.gguf
       gemma-fold diff http://127.0.0.1:8000 http://127.0.0.1:8001 --max-kl 1e-3
     """
-    from gemma_fold.commands import render
     from gemma_fold.commands.diff import run
 
-    found = run(a, b, html=html, progress=render.ProgressBar("comparing"), **given)
-    _print(as_json, found.json, found.markdown if markdown else found.text)
+    with printer.progress("comparing") as progress:
+        found = run(a, b, html=html, progress=progress, **given)
+    printer.show(found.json, found.markdown if markdown else found.text)
     sys.exit(found.exit_code)
 
 
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("folded")
+@_command("Upload a folded checkpoint to the Hub, with a model card.")
+@click.argument("folded", type=_place)
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make the repository a private one.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option(
+    "--base-model",
+    metavar="ORG/NAME",
+    help="The source on the Hub, if FOLDED was made from a folder that does not name it.",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, print the card, send nothing.")
+def push(
+    printer: Printer,
+    folded: str,
+    repo: str,
+    private: bool,
+    create_pr: bool,
+    base_model: str | None,
+    dry_run: bool,
+) -> None:
+    """Upload the FOLDED checkpoint to REPO on the Hub, once it is verified.
+
+    REPO is made if there is none. It gets a model card with the source and its licence, how to
+    load it, and what folding changed; the source's own card becomes README.source.md there. FOLDED
+    stays as it is. After an interruption, run it again: what is there is not sent twice.
+
+    \b
+    Examples:
+      gemma-fold push ./gemma-3-270m-folded me/gemma-3-270m-folded --private
+      gemma-fold push ./gemma-3-270m-folded org/gemma-3-270m-folded --create-pr
+      gemma-fold push ./gemma-3-270m-folded me/gemma-3-270m-folded --dry-run
+    """
+    from gemma_fold.commands import render
+    from gemma_fold.commands.push import push as run
+
+    how = "run it again: what is on the Hub is not sent twice"
+    with _resumable(how), printer.progress("checking") as progress:
+        report = run(
+            folded,
+            repo,
+            private=private,
+            create_pr=create_pr,
+            base_model=base_model,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    printer.warn(report.warnings)
+    printer.show(lambda: _plain(report), lambda: render.pushed(report))
+
+
+@_command(
+    "Serve a folded checkpoint over an OpenAI-compatible API.",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("folded", type=_place)
 @click.option(
     "--engine",
     type=click.Choice(["auto", "vllm", "sglang", "transformers"]),
@@ -324,7 +365,12 @@ def diff(a: str, b: str, as_json: bool, markdown: bool, html: Path | None, **giv
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
 @click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(
-    folded: str, engine: str, host: str, port: int, engine_arguments: tuple[str, ...]
+    printer: Printer,
+    folded: str,
+    engine: str,
+    host: str,
+    port: int,
+    engine_arguments: tuple[str, ...],
 ) -> None:
     """Serve the FOLDED checkpoint, a folder or a Hub id, over an OpenAI-compatible API.
 
@@ -338,13 +384,19 @@ def serve(
     """
     from gemma_fold.engines.serve import serve as run
 
-    run(folded, engine, host, port, engine_arguments)
+    def starting(engine: str) -> None:
+        url = f"http://{host}:{port}/v1"
+        printer.show(
+            lambda: {"checkpoint": folded, "engine": engine, "url": url},
+            lambda: f"{engine} serves {folded} at {url} as soon as it is loaded; Ctrl-C ends it",
+        )
+
+    run(folded, engine, host, port, engine_arguments, starting)
 
 
-@cli.command()
-@click.argument("model", required=False)
-@_json_option
-def doctor(model: str | None, as_json: bool) -> None:
+@_command("List the engines here, and what they would fuse.")
+@click.argument("model", type=_place, required=False)
+def doctor(printer: Printer, model: str | None) -> None:
     """List which engines are installed here and what each would fuse in MODEL, loading no weights.
 
     MODEL is a folder or a Hub id, folded or not. Exits with 1 if an engine does not find
@@ -355,18 +407,18 @@ def doctor(model: str | None, as_json: bool) -> None:
       gemma-fold doctor
       gemma-fold doctor ./gemma-3-270m-folded --json
     """
-    from gemma_fold.engines import doctor as doctoring
+    with printer.waiting("looking at the engines"):
+        from gemma_fold.engines import doctor as doctoring
 
-    found = doctoring.diagnose(model)
-    _print(as_json, lambda: doctoring.to_json(found), lambda: doctoring.text(found))
+        found = doctoring.diagnose(model)
+    printer.show(lambda: doctoring.to_json(found), lambda: doctoring.text(found))
     if not found.ok:
         sys.exit(1)
 
 
-@cli.command()
+@_command("Say which norms of a model family are zero-centred.")
 @click.argument("model_type", required=False)
-@_json_option
-def rules(model_type: str | None, as_json: bool) -> None:
+def rules(printer: Printer, model_type: str | None) -> None:
     """Say which norms of MODEL_TYPE are zero-centred and how that is known; of all without it.
 
     MODEL_TYPE is as config.json says it, or one of its architectures. The JSON has a schema, in
@@ -382,60 +434,16 @@ def rules(model_type: str | None, as_json: bool) -> None:
     from gemma_fold.commands.rules import to_json
 
     found = run(model_type)
-    _print(as_json, lambda: to_json(found), lambda: render.rules(found, model_type))
+    printer.show(lambda: to_json(found), lambda: render.rules(found, model_type))
 
 
-def _print(as_json: bool, plain: Callable[[], Any], text: Callable[[], str]) -> None:
-    from gemma_fold.text import printable
-
-    found = json.dumps(plain(), indent=2, default=str) if as_json else text()
-    click.echo(printable(found, sys.stdout.encoding))
+@contextmanager
+def _resumable(how: str = "run again with --resume to continue") -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {how}") from None
 
 
 def _plain(report: Any) -> dict[str, Any]:
     return dataclasses.asdict(report)
-
-
-def open_standard_streams() -> None:
-    """Take the descriptors of standard streams that are closed.
-
-    Otherwise the next file that is opened, a weight file, becomes where libraries print their
-    warnings.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # opens the lowest free number
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  (open until the end)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-
-
-def main() -> None:
-    """Run the command line; every deliberate error is one line and its exit code."""
-    open_standard_streams()
-    try:
-        status = cli.main(standalone_mode=False)
-        sys.exit(status if isinstance(status, int) else 0)
-    except GemmaFoldError as error:
-        _fail(str(error), error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; an unfinished output can be continued with --resume", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output went away, as `head` does: nothing is wrong, nothing to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}; check the path, permissions and disk", 2)
-
-
-def _fail(message: str, exit_code: int) -> None:
-    from gemma_fold.text import printable
-
-    line = printable(f"gemma-fold: {message}", sys.stderr.encoding, one_line=True)
-    click.echo(line, err=True)
-    sys.exit(exit_code)
