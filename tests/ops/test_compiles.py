@@ -37,6 +37,8 @@ pytestmark = [
 ]
 WIDE_LOAD = re.compile(r"ld\.global(\.cg)?\.v4")
 WIDE_STORE = re.compile(r"st\.global\.v4")
+#: One bf16 or fp16 element at a time.
+NARROW = re.compile(r"(ld|st)\.global\S*\.[bu]16")
 HOPPER = GPUTarget("cuda", 90, 32)
 FLOATS = {
     *("q_gamma", "k_gamma", "gamma", "post_gamma", "pre_gamma"),
@@ -73,7 +75,7 @@ def ptx(kernel: Any, warps: int, constants: dict[str, Any], **types: str) -> str
         if signature[name].startswith("*")
     }
     source = ASTSource(kernel, signature, positions, aligned)
-    options = {"num_warps": warps, "launch_pdl": True}
+    options = {"num_warps": warps, "launch_pdl": True, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=HOPPER, options=options)
     assert compiled.asm["cubin"]
     return str(compiled.asm["ptx"])
@@ -117,13 +119,16 @@ def test_head_kernels(
     q, k = meta[:, :q_heads], meta[:, q_heads:]
     monkeypatch.setattr(launch, "_uses_pdl", lambda device: True)
     plan = qk_rms_norm.plan(q, k, in_place)
-    assert WIDE_LOAD.search(ptx(plan.kernel, plan.options["num_warps"], plan.constants))
+    text = ptx(plan.kernel, plan.options["num_warps"], plan.constants)
+    assert WIDE_LOAD.search(text) and WIDE_STORE.search(text) and not NARROW.search(text)
     for dtype, element in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         for interleaved in (False, True):
             cos_sin = torch.empty(64, size // 2, device="meta", dtype=dtype)
             plan = qk_rms_norm_rope.plan(q, k, in_place, cos_sin, None, interleaved)
             types = {"cos_sin_ptr": f"*{element}"}
-            ptx(plan.kernel, plan.options["num_warps"], row_constants(plan), **types)
+            text = ptx(plan.kernel, plan.options["num_warps"], row_constants(plan), **types)
+            assert WIDE_LOAD.search(text) and WIDE_STORE.search(text)
+            assert dtype == torch.bfloat16 or not NARROW.search(text)  # a row of pairs may be odd
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float8_e4m3fn))
@@ -156,7 +161,7 @@ def test_head_kernels_that_write_a_cache(
             types |= dict.fromkeys(("key_cache_ptr", "value_cache_ptr"), "*fp8e4nv")
         text = ptx(plan.kernel, plan.options["num_warps"], constants, **types)
         assert ".local" not in text
-        assert WIDE_LOAD.search(text) and WIDE_STORE.search(text)
+        assert WIDE_LOAD.search(text) and WIDE_STORE.search(text) and not NARROW.search(text)
         assert ("cvt.rn.satfinite.e4m3x2.f32" in text) == (dtype != torch.bfloat16)
 
 

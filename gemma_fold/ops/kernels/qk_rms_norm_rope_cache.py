@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from gemma_fold.ops.kernels import rows as R
+from gemma_fold.ops.kernels.qk_rms_norm import either
 from gemma_fold.ops.kernels.qk_rms_norm_rope import load_turns, norm_and_rotate, turning
 
 # Whose position turns a pair, where a token has three: one for all, by thirds, or in turn.
@@ -83,16 +84,14 @@ def qk_rms_norm_rope_cache_kernel(
     is_q = head < Q_HEADS
     is_v = head >= Q_HEADS + K_HEADS
     kv_head = tl.where(is_v, head - (Q_HEADS + K_HEADS), head - Q_HEADS)
-    # Choosing a pointer, not a value: each head loads only its own row and its own gamma.
     q_at = q_ptr + (token * q_step + head * q_head_step) * UNIT
     k_at = k_ptr + (token * k_step + kv_head * k_head_step) * UNIT
     v_at = v_ptr + (token * v_step + kv_head * v_head_step) * UNIT
-    at = tl.where(is_q, q_at, tl.where(is_v, v_at, k_at)) + cols
-    gamma_at = tl.where(is_q, q_gamma_ptr, k_gamma_ptr) + cols
+    at = tl.where(is_q, q_at + cols, either(is_v, v_at, k_at, cols))
+    gamma_at = either(is_q, q_gamma_ptr, k_gamma_ptr, cols)
     if not IN_PLACE:
         q_at = q_out_ptr + (token * out_q_step + head * out_q_head_step) * UNIT
     pair, rotates = turning(BLOCK, H2, INTERLEAVED)
-    cached_at = tl.where(is_v, value_cache_ptr, key_cache_ptr)
     R.wait_for_previous(PDL)
     slot_at = slots_ptr + token
     slot = tl.load(slot_at, mask=exists & ~is_q & (token < n_slots), other=-1).to(tl.int64)
@@ -110,11 +109,11 @@ def qk_rms_norm_rope_cache_kernel(
     # A slot that the cache does not hold is a token's that is not cached: padding, or an error.
     cached = (slot >= 0) & (slot < n_cached)
     offset = slot // PAGE * block_step + slot % PAGE * slot_step + kv_head * cache_head_step
-    cached_at += tl.where(cached, offset, 0) * CACHE_UNIT
+    offset = tl.where(cached, offset, 0) * CACHE_UNIT
+    cached_at = either(is_v, value_cache_ptr + offset, key_cache_ptr + offset, cols)
     if k_scale_ptr is None:
         out = tl.where(is_v, x, out.to(dtype))
-        out_at = tl.where(is_q, q_at, cached_at) + cols
-        tl.store(out_at, out, mask=live & (is_q | cached))
+        tl.store(tl.where(is_q, q_at + cols, cached_at), out, mask=live & (is_q | cached))
     else:
         tl.store(q_at + cols, out.to(dtype), mask=live & is_q)
         scale_at = tl.where(is_v, v_scale_ptr, k_scale_ptr)
@@ -123,4 +122,4 @@ def qk_rms_norm_rope_cache_kernel(
         kv = tl.div_rn(kv, tl.broadcast_to(scale, [M, BLOCK]))
         if not NVIDIA:  # its conversion saturates by itself
             kv = tl.clamp(kv, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(cached_at + cols, kv.to(tl.float8e4nv), mask=live & cached)
+        tl.store(cached_at, kv.to(tl.float8e4nv), mask=live & cached)
