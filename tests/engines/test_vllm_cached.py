@@ -169,9 +169,10 @@ def test_another_backend_keeps_its_own_write(vllm_config: Any) -> None:
     read = norms.statements_digest(type(attention).forward)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEMMA_FOLD_QK", "cached")
-        assert norms.adopt_qk_norms(attention, settings, lambda param, loaded: None, read) == 2
+        found = norms.adopt_qk_norms(attention, settings, lambda param, loaded: None, read)
+    assert found == (2, norms._uncached_qk_mode(settings))
     assert type(attention.attn) is Attention
-    assert type(attention.q_norm) is norms._CLASSES[norms._default_qk_mode(settings)]
+    assert type(attention.q_norm) is norms._CLASSES[norms._uncached_qk_mode(settings)]
 
 
 def test_the_write_of_flash_attention_is_the_one_that_was_read(vllm_config: Any) -> None:

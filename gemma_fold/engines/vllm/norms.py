@@ -13,8 +13,8 @@ The norms of q and k have four modes:
   each kernel is launched by itself.
 * inline: an expression, which a compiler fuses with the rotary embedding that follows.
 * separate: one operator for q and one for k, if an adapter may replace the projection.
-* cached: with the rotary embedding and the write of the KV cache, as `cached.py` says. Only if it
-  is asked for, and where the layer allows it; others have the mode they have by default.
+* cached: with the rotary embedding and the write of the KV cache, as `cached.py` says. The default
+  where the layer allows it; where it does not, the log says why.
 """
 
 from __future__ import annotations
@@ -127,40 +127,38 @@ _CLASSES: dict[QkMode, type[NativeNorm]] = {
 }
 
 
-def choose_qk_mode(vllm_config: Any) -> QkMode:
-    """How q and k are normed.
+def wanted_qk_mode() -> QkMode | None:
+    """How q and k are to be normed; None if nobody said.
 
     Raises:
         UsageError: `GEMMA_FOLD_QK` has another value.
     """
     wanted = requested(VARIABLE, _CLASSES)
-    for mode in _CLASSES:
-        if wanted == mode:
-            return mode
-    return _default_qk_mode(vllm_config)
+    return next((mode for mode in _CLASSES if wanted == mode), None)
 
 
-def _default_qk_mode(vllm_config: Any) -> QkMode:
+def _uncached_qk_mode(vllm_config: Any) -> QkMode:
     if vllm_config.compilation_config.mode != CompilationMode.NONE:
         return "inline"
     return "separate" if vllm_config.lora_config is not None else "fused"
 
 
-def adopt_qk_norms(attention: Any, vllm_config: Any, loader: Loader, forward: str) -> int:
-    """Turn the q and k norms of `attention` native, in place; returns how many.
+def adopt_qk_norms(
+    attention: Any, vllm_config: Any, loader: Loader, forward: str
+) -> tuple[int, QkMode | None]:
+    """Turn the q and k norms of `attention` native, in place; returns how many, and their mode.
 
     `forward` is the digest of the attention that was read; another one keeps vLLM's norms.
     """
     if statements_digest(type(attention).forward) != forward or not all(
         type(getattr(attention, name, None)) is GemmaRMSNorm for name in ("q_norm", "k_norm")
     ):
-        return 0
-    mode = choose_qk_mode(vllm_config)
+        return 0, None
+    mode = wanted_qk_mode() or "cached"
     if mode == "cached" and (reason := _not_cached(attention, vllm_config)):
-        logger.warning_once(
-            "gemma-fold: %s=cached, but %s; vLLM writes the KV cache", VARIABLE, reason
-        )
-        mode = _default_qk_mode(vllm_config)
+        say = logger.info_once if wanted_qk_mode() is None else logger.warning_once
+        say("gemma-fold: vLLM rotates q and k and writes the KV cache: %s", reason)
+        mode = _uncached_qk_mode(vllm_config)
     for norm in (attention.q_norm, attention.k_norm):
         adopt(norm, _CLASSES[mode], loader)
     if mode == "cached":
@@ -169,7 +167,7 @@ def adopt_qk_norms(attention: Any, vllm_config: Any, loader: Loader, forward: st
         take_over(attention, vllm_config)
     if mode == "fused":
         attention.qkv_proj.register_forward_hook(_QkHook(attention))
-    return 2
+    return 2, mode
 
 
 def _not_cached(attention: Any, vllm_config: Any) -> str:
