@@ -16,15 +16,6 @@ _ALIGNMENT = 64  # bytes; the widest vector registers there are
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """`length` bytes that move from file offset `source` to file offset `target`."""
-
-    source: int
-    target: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
     """A weight file as it will be: its header, and where every byte comes from.
 
@@ -45,6 +36,15 @@ class Layout:
     def offset(self, name: str) -> int:
         """File offset of a tensor's first byte."""
         return self.data_start + self.tensors[name].start
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`length` bytes that move from file offset `source` to file offset `target`."""
+
+    source: int
+    target: int
+    length: int
 
 
 def replace_tensors(header: Header, replaced: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:

@@ -14,7 +14,6 @@ import struct
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from gemma_fold.checkpoint.header import ITEMSIZE
 from gemma_fold.checkpoint.names import shown
@@ -43,6 +42,8 @@ _KEPT = re.compile(
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 Value = int | float | bool | str
+#: A tensor in the header: name, shape, type, and offset from the first one's place.
+_Row = tuple[str, tuple[int, ...], int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,6 @@ class GgufTensor:
     def length(self) -> int:
         """Bytes."""
         return 0 if self.dtype is None else self.size * int(ITEMSIZE[self.dtype])
-
-
-class _Row(NamedTuple):
-    """A tensor as the header describes it; `offset` counts from the first one's place."""
-
-    name: str
-    shape: tuple[int, ...]
-    type_id: int
-    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +180,8 @@ def _description(cursor: _Cursor) -> _Row:
     (dimensions,) = cursor.unpack("I")
     cursor.check(dimensions <= 8, f"tensor {shown(name)} has {dimensions} dimensions")
     shape = cursor.unpack(f"{dimensions}Q")
-    return _Row(name, shape, *cursor.unpack("IQ"))
+    type_id, offset = cursor.unpack("IQ")
+    return name, shape, type_id, offset
 
 
 def _placed(cursor: _Cursor, row: _Row, start: int) -> GgufTensor | None:
