@@ -19,6 +19,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 VOCAB = 96
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
+_IDS = {"image_token_id": 90, "video_token_id": 91}
+_QWEN_IDS = {**_IDS, "vision_start_token_id": 92, "vision_end_token_id": 93}
+
 _GEMMA: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -45,6 +48,12 @@ VISION: dict[str, Any] = {
     "patch_size": 2,
 }
 _SIGLIP = {**VISION, "model_type": "siglip_vision_model"}
+_MINICPM_VISION: dict[str, Any] = {
+    **_SIGLIP,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "insert_layer_id": 0,
+}
 _QWEN: dict[str, Any] = {
     **_GEMMA,
     "layer_types": ["linear_attention", "full_attention"],
@@ -68,18 +77,6 @@ _QWEN_VISION: dict[str, Any] = {
     "out_hidden_size": 32,
     "num_position_embeddings": 16,
 }
-_QWEN_IDS = {
-    "image_token_id": 90,
-    "video_token_id": 91,
-    "vision_start_token_id": 92,
-    "vision_end_token_id": 93,
-}
-_MINICPM_VISION: dict[str, Any] = {
-    **_SIGLIP,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "insert_layer_id": 0,
-}
 _MUSE_VISION: dict[str, Any] = {
     "patch_size": 2,
     "pos_emb_height": 4,
@@ -96,12 +93,7 @@ _MUSE_TEXT: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"],
     "layer_rope_theta": [10000.0, 0],
 }
-_MUSE_OUTER = {
-    "image_token_id": 90,
-    "video_token_id": 91,
-    "out_hidden_size": 16,
-    "projector_hidden_size": 16,
-}
+_MUSE_OUTER = {**_IDS, "out_hidden_size": 16, "projector_hidden_size": 16}
 
 
 def _text(model_type: str, values: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -113,8 +105,7 @@ def _minicpm(vision_type: str) -> dict[str, Any]:
         "text_config": _text("qwen3_5_text", _QWEN),
         "vision_config": {**_MINICPM_VISION, "model_type": vision_type},
         "insert_layer_id": 0,
-        "image_token_id": 90,
-        "video_token_id": 91,
+        **_IDS,
     }
 
 
