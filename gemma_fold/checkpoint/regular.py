@@ -18,7 +18,7 @@ def open_regular(path: Path) -> BinaryIO:
         HostError: the system does not let us read it.
     """
     try:
-        file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115  (closed by whoever asked)
+        file = open(path, "rb", buffering=0, opener=without_waiting)  # noqa: SIM115  (closed by whoever asked)
     except IsADirectoryError:
         raise CheckpointError(f"{path}: not a regular file; correct the path") from None
     except (FileNotFoundError, NotADirectoryError):
@@ -33,6 +33,6 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """A named pipe would keep us until someone writes into it."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def without_waiting(path: str, flags: int, folder: int | None = None) -> int:
+    """Open `path`, below an open folder if given: a pipe would keep us until someone writes."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
