@@ -89,13 +89,12 @@ def test_a_new_repository_holds_the_checkpoint_and_a_card(
     # What was pushed is a folded checkpoint: from the Hub it verifies, and gives the source back.
     for arguments in (
         ["verify", model.folder],
+        ["verify", model.folder, "--against", source],
         ["unfold", model.folder, "-o", tmp_path / "again"],
     ):
         done = run(*arguments)
         assert done.returncode == 0, done.stdout + done.stderr
-    again, original = tree(tmp_path / "again"), tree(source)
-    assert again.pop("README.source.md") == original.pop("README.md")
-    assert again == original
+    assert tree(tmp_path / "again") == tree(source)
 
 
 def test_the_numbers_of_the_card_are_those_of_inspect(
@@ -178,6 +177,16 @@ def test_what_is_refused(
         file.write(bytes([last[0] ^ 1]))
     assert "is not as it was written" in refused(folded, "me/new")
     assert "me/new" not in hub.models
+
+
+def test_only_what_a_push_put_aside_is_a_card(tmp_path: Path, environment: dict[str, str]) -> None:
+    source = write_checkpoint(tmp_path / "local")
+    (source / "README.source.md").write_text("theirs")
+    run("convert", source, "-o", tmp_path / "out")
+    assert run("unfold", tmp_path / "out", "-o", tmp_path / "again").returncode == 0
+    assert tree(tmp_path / "again") == tree(source)
+    done = run("push", tmp_path / "out", "me/new", "--dry-run", env=environment)
+    assert done.returncode == 2 and "rename it in the source" in done.stderr
 
 
 def test_a_source_that_is_not_on_the_hub(tmp_path: Path, environment: dict[str, str]) -> None:
