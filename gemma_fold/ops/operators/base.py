@@ -364,14 +364,18 @@ class RowOperator(Operator[R]):
         y, scales, *total = self.call_fp8(tensors, others, scale, bare)
         return (y, scales if scale is None else scales.new_empty(0), *total)
 
+    def like(self, x: Tensor) -> Tensor:
+        """What the fakes say of an output shaped like ``x`` and of its dtype."""
+        return checks.empty_rows(x)
+
     def _outputs(self, x: Tensor, *others: Any) -> Any:
-        y = checks.empty_rows(x)
-        return (y, checks.empty_rows(x)) if self.adds else y
+        y = self.like(x)
+        return (y, self.like(x)) if self.adds else y
 
     def _outputs_fp8(self, x: Tensor, *others: Any) -> Any:
         shape = (*x.shape[:-1], 1) if others[-1] is None else (0,)
         scales = x.new_empty(shape, dtype=torch.float32)
-        total = [checks.empty_rows(x)] * self.adds
+        total = [self.like(x)] * self.adds
         return (x.new_empty(x.shape, dtype=FP8), scales, *total)
 
 
