@@ -6,6 +6,7 @@ tensors stays one contiguous run that the kernel can copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -101,10 +102,7 @@ def _resized(tensor: TensorEntry, form: tuple[str, tuple[int, ...]] | None) -> T
     if form is None:
         return tensor
     dtype, shape = form
-    elements = 1
-    for extent in shape:
-        elements *= extent
-    return TensorEntry(tensor.name, dtype, shape, 0, int(elements * ITEMSIZE[dtype]))
+    return TensorEntry(tensor.name, dtype, shape, 0, int(math.prod(shape) * ITEMSIZE[dtype]))
 
 
 def _place(ordered: list[TensorEntry]) -> dict[str, TensorEntry]:

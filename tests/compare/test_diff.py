@@ -165,7 +165,8 @@ def test_two_originals_and_two_folded_checkpoints(
     )
     found = diff(str(original), str(changed), WEIGHTS)
     assert found.weights is not None
-    (tensor,) = found.weights.of(TensorClass.UNEXPECTED)
+    listed = (*found.weights.norms, *found.weights.others)
+    (tensor,) = (t for t in listed if t.found is TensorClass.UNEXPECTED)
     assert tensor.name == "model.norm.weight" and not found.verdict.same
 
 

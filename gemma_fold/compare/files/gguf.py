@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gemma_fold.checkpoint.header import ITEMSIZE
 from gemma_fold.checkpoint.names import shown
-from gemma_fold.checkpoint.regular import open_regular
+from gemma_fold.checkpoint.regular import open_regular, read_range
 from gemma_fold.compare.files.model import MOST_BYTES
 from gemma_fold.errors import CheckpointError
 
@@ -96,11 +96,7 @@ def read_gguf(path: Path) -> Gguf:
 
 def read_tensor(tensor: GgufTensor) -> bytes:
     """The bytes of one tensor."""
-    with open_regular(tensor.path) as file:
-        raw = os.pread(file.fileno(), tensor.length, tensor.start)
-    if len(raw) != tensor.length:
-        raise CheckpointError(f"{tensor.path} shrank while it was read; let its writer finish")
-    return raw
+    return read_range(tensor.path, tensor.start, tensor.start + tensor.length)
 
 
 def _parts(path: Path) -> list[Path]:
