@@ -14,6 +14,11 @@ from checkpoints import tree, write_checkpoint
 from commands import run
 from hubserver import HubServer
 
+from gemma_fold.commands.convert import convert
+from gemma_fold.commands.push import push
+from gemma_fold.commands.unfold import unfold
+from gemma_fold.errors import CheckpointError
+
 TOKEN = "hf_writer"
 HEAD = """---
 license: gemma
@@ -179,14 +184,14 @@ def test_what_is_refused(
     assert "me/new" not in hub.models
 
 
-def test_only_what_a_push_put_aside_is_a_card(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_only_what_a_push_put_aside_is_a_card(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "local")
     (source / "README.source.md").write_text("theirs")
-    run("convert", source, "-o", tmp_path / "out")
-    assert run("unfold", tmp_path / "out", "-o", tmp_path / "again").returncode == 0
+    convert(source, tmp_path / "out")
+    unfold(tmp_path / "out", tmp_path / "again")
     assert tree(tmp_path / "again") == tree(source)
-    done = run("push", tmp_path / "out", "me/new", "--dry-run", env=environment)
-    assert done.returncode == 2 and "rename it in the source" in done.stderr
+    with pytest.raises(CheckpointError, match="rename it in the source"):
+        push(tmp_path / "out", "me/new", dry_run=True)
 
 
 def test_a_source_that_is_not_on_the_hub(tmp_path: Path, environment: dict[str, str]) -> None:
