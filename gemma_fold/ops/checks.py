@@ -217,9 +217,9 @@ def inverse(order: Sequence[int]) -> list[int]:
     return back
 
 
-def empty_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_rows(x: Tensor) -> Tensor:
     """An uninitialised tensor shaped like ``x``, dense, its rows in the memory order of ``x``."""
     order = memory_order(x)
     if order is None:
-        return x.new_empty(x.shape, dtype=dtype)
-    return x.new_empty([x.shape[dim] for dim in order], dtype=dtype).permute(inverse(order))
+        return x.new_empty(x.shape)
+    return x.new_empty([x.shape[dim] for dim in order]).permute(inverse(order))

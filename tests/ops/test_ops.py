@@ -94,6 +94,7 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(table.qk_rms_norm_, (q, k, gain, gain, EPS))
     for scale in (None, torch.ones(1)):
         torch.library.opcheck(table.rms_norm_fp8, (x, gain, EPS, scale))
+        torch.library.opcheck(table.rms_norm_fp8, (turned, gain, EPS, scale))
         torch.library.opcheck(table.add_rms_norm_fp8, (x, residual, gain, EPS, scale))
         sandwich = (x, residual, gain, gain, EPS, EPS, scale)
         torch.library.opcheck(table.rms_norm_add_rms_norm_fp8, sandwich)
