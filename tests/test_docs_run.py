@@ -51,10 +51,6 @@ ELSEWHERE = {
     r"gemma-fold serve ": "tests/engines/test_serve.py",
     r"hf (extensions|gemma-fold) ": "tests/test_hf_extension.py",
 }
-#: Those that run a model, or look for engines.
-SLOW = re.compile(
-    r"gemma-fold (doctor|diff(?!.*(--no-outputs|FILE)))|gemma_fold\.load|DiffLimits|AllReduce"
-)
 #: Where more than 0 is an answer: doctor, of an engine that is not here.
 EXPECTED = {r"gemma-fold doctor": (0, 1)}
 #: What the Python of a document takes for granted.
@@ -85,7 +81,8 @@ class Line:
         return next((by for line, by in ELSEWHERE.items() if re.match(line, self.text)), None)
 
     def param(self) -> Any:
-        marks = pytest.mark.slow if SLOW.search(self.text) else ()
+        quick = self.document == "README.md" and not self.text.startswith("gemma-fold diff")
+        marks = () if quick else pytest.mark.slow
         return pytest.param(self, marks=marks, id=f"{self.document}: {self.text[:60]}")
 
 
