@@ -31,8 +31,10 @@ _DARK = re.compile(r"@media \(prefers-color-scheme: dark\)\{((?:[^{}]*\{[^{}]*\}
 _ROLE = re.compile(r":(?:func|class|meth):<code>([\w.]+)</code>")
 #: What is dark on the site, whatever the system is.
 _SLATE = '[data-md-color-scheme="slate"]'
+#: Links of a page to itself and to others are not followed by a browser that shows it.
 _LOADED = re.compile(
-    r"<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)"
+    r"<(?:script|img|iframe|source|link(?![^>]*\brel=[\"']?(?:canonical|prev|next)))\b"
+    r"[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)"
 )
 
 
