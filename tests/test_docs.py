@@ -44,7 +44,7 @@ def test_pictures_say_of_what_they_show_when_it_changes() -> None:
     assert digest(drawn) in text and text == svg(drawn)
 
 
-@pytest.mark.parametrize("name", pictures.PICTURES)
+@pytest.mark.parametrize("name", [*pictures.PICTURES, *pictures.DRAWINGS])
 def test_every_picture_is_shown(name: str) -> None:
     assert any(f"images/{name})" in document.read_text() for document in DOCUMENTS)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.report import all_reduce, engines, norms, plots
+from benchmarks.report import all_reduce, engines, norms, number_lines, plots
 from benchmarks.report.frames import DECODE, against_best, everything, geometric_mean, results, wide
+from benchmarks.report.measurements import MODES
 from benchmarks.report.plots import Bar, Group, Picture
 from benchmarks.report.words import machine
 from benchmarks.result import Result
@@ -122,13 +123,12 @@ def decoding() -> Picture:
 
 
 def _decoded() -> Iterator[Group]:
-    modes = {"eager": "growing cache, eager", "static": "static cache, reduce-overhead"}
     for result in sorted(results("transformers"), key=lambda result: result.date, reverse=True):
         middle, low, high = (
             wide(result, f"ms_per_token{end}")["folded"] for end in ("", "_min", "_max")
         )
         stock = wide(result, "ms_per_token")["stock"]
-        for mode, title in modes.items():
+        for mode, title in MODES.items():
             bars = (
                 Bar(*(round(t[mode, batch] / stock[mode, batch], 4) for t in (middle, low, high)))
                 for batch in (1, 8)
@@ -143,6 +143,8 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "all_reduce.svg": collectives,
     "decoding.svg": decoding,
 }
+#: Drawn without matplotlib, so that the text of the file is the same everywhere.
+DRAWINGS: dict[str, Callable[[], str]] = {"zero_centred.svg": number_lines.svg}
 
 
 def stale() -> Iterator[Path]:
@@ -151,7 +153,11 @@ def stale() -> Iterator[Path]:
         path = IMAGES / name
         if not path.exists() or plots.recorded(path) != plots.digest(picture()):
             yield path
-    yield from (path for path in IMAGES.glob("*") if path.name not in PICTURES)
+    for name, drawing in DRAWINGS.items():
+        path = IMAGES / name
+        if not path.exists() or path.read_text() != drawing():
+            yield path
+    yield from (path for path in IMAGES.glob("*") if path.name not in {*PICTURES, *DRAWINGS})
 
 
 def draw() -> None:
@@ -159,5 +165,7 @@ def draw() -> None:
     for path in list(stale()):
         if path.name in PICTURES:
             path.write_text(plots.svg(PICTURES[path.name]()))
+        elif path.name in DRAWINGS:
+            path.write_text(DRAWINGS[path.name]())
         else:
             path.unlink()
