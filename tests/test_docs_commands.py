@@ -1,4 +1,4 @@
-"""Commands and Python that the documents show fit the program; those of the quickstart run."""
+"""Commands and Python that the documents show fit the program."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pytest
-from commands import run, run_here
 
 import gemma_fold
 from gemma_fold.cli import commands  # noqa: F401  (which adds them to the group)
@@ -24,7 +22,6 @@ from gemma_fold.cli.app import group
 tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-QUICKSTART = ROOT / "docs" / "quickstart.md"
 EACH = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 _FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -241,40 +238,3 @@ def test_python_fits_the_program(document: Path) -> None:
 def test_python_that_does_not_fit_is_noticed(text: str) -> None:
     with pytest.raises((AttributeError, TypeError)):
         check_python(text)
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the names of the quickstart are there: a tiny model, and files of it."""
-    import norm_files
-    import tiny
-    import torch
-    from tokenizers_made import add_tokenizer
-
-    folder = tmp_path_factory.mktemp("desk")
-    source = folder / "google" / "gemma-3-270m"
-    source.parent.mkdir()
-    add_tokenizer(tiny.save("gemma3_text", source, torch.bfloat16))
-    norm_files.write_gguf(source, folder / "gemma-3-270m-Q4_K_M.gguf")
-    norm = norm_files.norms_of(source)["model.layers.0.input_layernorm.weight"]
-    np.save(folder / "gain.npy", 1 + norm.w.astype(np.float32))
-    return folder
-
-
-#: What of the quickstart needs an engine that tests of the library do not have.
-ENGINES = ("--engine", "doctor")
-
-
-@pytest.mark.slow
-def test_the_quickstart_runs_from_top_to_bottom(
-    desk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(desk)
-    for line in command_lines(QUICKSTART):
-        for call in calls(line):
-            if call[0] == "gemma-fold" and not set(ENGINES) & set(call):
-                done = run_here(*call[1:])
-                assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-    for text in shown(QUICKSTART, "python"):
-        snippet = run(command=("-c", text), cwd=desk)
-        assert snippet.returncode == 0, f"{text}\n{snippet.stderr}"

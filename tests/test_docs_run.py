@@ -36,17 +36,22 @@ DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("ex
 GENERATED = re.compile(r"<!-- generated: .*?<!-- end -->", re.DOTALL)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"^    (\S.*)$", re.MULTILINE)
+#: Where the site shows docstrings.
+DOCSTRINGS = re.compile(r"^::: \S+\n(    .*\n)*", re.MULTILINE)
+#: A piece of a file that is there, by the name of that file.
+PIECE = re.compile(r"# (gemma_fold/\S+)\n")
 #: Formulas of numerics.md stand there as code does.
 FORMULA = re.compile(r"y\d? = ")
 COMMENT = re.compile(r"\s+#\s.*$")
 #: Lines that nothing here can run, and what does run them.
 ELSEWHERE = {
     r".*python examples/task_accuracy/": "tests/test_task_accuracy.py",
-    r"make (demo|test)": "Makefile",
+    r"make (demo|docs|test)": "Makefile",
     r"pip install ": "tools/package.py",
-    r"vllm serve ": "tests/engines/test_vllm.py",
+    r"\.venv/bin/pytest ": "Makefile",
+    r"(GEMMA_FOLD=\w+ )?vllm serve ": "tests/engines/test_vllm.py",
     r".*--engine vllm": "tests/engines/test_vllm.py",
-    r"python -m sglang\.launch_server ": "tests/engines/test_sglang.py",
+    r"(GEMMA_FOLD=\w+ )?python -m sglang\.launch_server ": "tests/engines/test_sglang.py",
     r".*--engine sglang": "tests/engines/test_sglang_diff.py",
     r"gemma-fold serve ": "tests/engines/test_serve.py",
     r"gemma-fold doctor": "tests/engines/test_doctor.py",
@@ -89,7 +94,7 @@ class Line:
 
 def shell_lines() -> Iterator[Line]:
     for path in DOCUMENTS:
-        text = GENERATED.sub("", path.read_text())
+        text = DOCSTRINGS.sub("", GENERATED.sub("", path.read_text()))
         fenced = [body for language, body in FENCE.findall(text) if language == ""]
         lines = [line for body in fenced for line in body.splitlines()]
         for line in [*lines, *INDENTED.findall(FENCE.sub("", text))]:
@@ -101,7 +106,9 @@ def shell_lines() -> Iterator[Line]:
 def python_blocks() -> Iterator[Line]:
     for path in DOCUMENTS:
         bodies = [
-            body for language, body in FENCE.findall(path.read_text()) if language == "python"
+            body
+            for language, body in FENCE.findall(path.read_text())
+            if language == "python" and not PIECE.match(body)
         ]
         if bodies:
             yield Line(path.name, "\n".join(bodies))
@@ -201,6 +208,13 @@ def finish(command: list[str], line: Line, place: Path, environment: dict[str, s
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pieces_of_files_are_in_them() -> None:
+    found = [body for path in DOCUMENTS for _, body in FENCE.findall(path.read_text())]
+    for body in found:
+        if piece := PIECE.match(body):
+            assert body[piece.end() :] in (ROOT / piece[1]).read_text()
 
 
 @pytest.mark.parametrize("line", AWAY, ids=lambda line: f"{line.document}: {line.text[:60]}")
