@@ -140,7 +140,8 @@ def package() -> dict[str, str]:
         raise PackageError(f"operators/base.py does not say {_NAMESPACE.strip()} once")
     licence = (ROOT / "LICENSE").read_text("utf-8")
     card = (HOMES["hub_kernel"] / "CARD.md").read_text("utf-8")
-    files = {"LICENSE": licence, "README.md": card}
+    # The second is where `kernel-builder upload` looks for it.
+    files = {"LICENSE": licence, "README.md": card, "build/CARD.md": card}
     for backend in BACKENDS:
         name = f"_{NAME.replace('-', '_')}_{backend}_{identity(modules)}"
         named = base.replace(_NAMESPACE, f'NAMESPACE = "{name}"\n')
