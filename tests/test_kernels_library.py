@@ -23,9 +23,10 @@ pytest.importorskip("kernels")
 import kernels
 import transformers
 from kernels import LocalLayerRepository, Mode
-from kernels.layer.layer import KernelizeFallback
 from transformers.utils.import_utils import is_kernels_available
 
+# Other layers of these models have names, too; kernels 0.16 warns of those.
+pytestmark = pytest.mark.filterwarnings(r"ignore:\sNo kernel mapping found:UserWarning")
 NAME = "RMSNormZeroCentered"
 FAMILIES = {"gemma3_text": "gemma3", "qwen3_5_text": "qwen3_5"}
 
@@ -90,7 +91,7 @@ def test_a_kernelized_model_gives_the_same_bits(
     model = tiny.build(model_type, torch.bfloat16).eval()
     want, found = logits(model), norms(model, model_type)
     with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
-        kernels.kernelize(model, mode=mode, device="cpu", use_fallback=KernelizeFallback.NO_LAYER)
+        kernels.kernelize(model, mode=mode, device="cpu")
     assert len(found) > 4
     assert all(is_ours(module, folder) for module in found)
     assert torch.equal(logits(model), want)
