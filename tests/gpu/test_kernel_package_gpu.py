@@ -108,6 +108,7 @@ def test_gradients_are_the_models(layer: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, on the first compile
 def test_it_runs_in_a_graph_and_under_a_compiler(layer: Any) -> None:
     module = norm("gemma3", gamma(640, 9, "cuda").bfloat16()).cuda()
     x = rows((8, 640), torch.bfloat16, 10, "cuda")
@@ -128,6 +129,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS.cuda()).logits.double().cpu()  # type: ignore[no-any-return]
 
 
+@pytest.mark.filterwarnings("ignore")  # of transformers, when it builds a model
 @pytest.mark.parametrize("model_type", ("gemma3_text", "qwen3_5_text"))
 def test_a_model_by_hand(layer: Any, model_type: str) -> None:
     exact = tiny.build(model_type, torch.bfloat16).cuda().double()
@@ -143,6 +145,7 @@ def test_a_model_by_hand(layer: Any, model_type: str) -> None:
     assert (logits(model) - want).abs().max() <= allowed
 
 
+@pytest.mark.filterwarnings("ignore")  # of transformers, when it builds a model
 @needs_library
 @pytest.mark.parametrize("how", ("mapping", "config"))
 def test_use_kernels_of_transformers(
