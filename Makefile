@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The pins are of Python 3.11 and later; `make test-fast LOCK=` takes what there is today instead.
 LOCK ?= -c constraints.txt
 
-.PHONY: help venv demo test test-library test-fast engines check docs site site-serve lock package survey canary clean
+.PHONY: help venv demo test test-library test-fast engines check docs site site-serve lock package kernels survey canary clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
@@ -128,6 +128,10 @@ lock: ## write every constraints*.txt anew, from what is released today
 package: ## build wheel and sdist into dist, and try each in a new environment
 	rm -rf dist
 	$(PYTHON) tools/package.py --out dist
+
+kernels: ## build the norm kernels for the library `kernels` into build/kernels
+	rm -rf build/kernels
+	$(PYTHON) tools/kernel_package.py --out build/kernels
 
 survey: venv ## run every norm of the installed transformers, and print what the rules lack
 	$(BIN)/python tools/survey.py transformers

@@ -51,6 +51,18 @@ def test_equals_the_unfused_sequence(tokens: int, hidden: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("tokens", (1, 64, 1030))
+def test_a_zero_centred_weight_gives_the_bits_of_its_gamma(
+    tokens: int, hidden: int, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    x, weight = rows((tokens, hidden), dtype, 1, "cuda"), gamma(hidden, 3, "cuda").to(stored)
+    want = ops.rms_norm(x, 1.0 + weight.float(), EPS)
+    assert torch.equal(ops.rms_norm_zero_centered(x, weight, EPS), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", (640, 1152, 5376, 8192))
 def test_no_further_from_float64_than_the_stock_sequence(hidden: int, dtype: torch.dtype) -> None:
     x, residual, post, pre = operands(600, hidden, dtype)

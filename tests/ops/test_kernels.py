@@ -68,6 +68,15 @@ def test_rows_that_share_a_program_and_rows_left_over() -> None:
     assert torch.equal(ops.rms_norm(x[1022:], gain, EPS), whole[1022:])
 
 
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("stored", LIMIT)
+def test_one_is_added_to_a_zero_centred_weight(stored: torch.dtype, dtype: torch.dtype) -> None:
+    x, weight = rows((3, 641), dtype, 26, "cpu"), gamma(641, 27, "cpu").to(stored)
+    got = ops.rms_norm_zero_centered(x, weight, EPS)
+    assert torch.equal(got, ops.rms_norm(x, 1.0 + weight.float(), EPS))
+    assert ulps(got, exact_norm(x, 1.0 + weight.double(), EPS), dtype) <= LIMIT[dtype]
+
+
 def test_strides_and_layouts() -> None:
     wide, gain = rows((10, 200), torch.float32, 7, "cpu"), gamma(64, 8, "cpu")
     for view in (
