@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from row_probe import RowProbe
 from safetensors import safe_open
-from vllm_engine import Outputs, compare, engine, outputs, run
+from vllm_engine import PROMPTS, Outputs, compare, engine, outputs, run
 from vllm_probes import draft_norms, first_norm, native_norms, norm_weights, reducing_norms
 
 
@@ -234,6 +235,34 @@ def adapters(root: Path, adapter: Path, with_norms: Path) -> dict[str, Any]:
     }
 
 
+def invariance(root: Path) -> dict[str, Any]:
+    """Native mode: the same prompts in batches of every kind, and which modules tell them apart."""
+    folder = root / "gemma3_text-folded"
+    os.environ["GEMMA_FOLD_QK"] = "separate"  # the norms of q and k as modules, for the probe
+    probes: list[RowProbe] = []
+
+    def asked(llm: Any) -> dict[str, Outputs]:
+        llm.apply_model(lambda model: probes.append(RowProbe(model)))
+        alone = [outputs(llm, prompts=[prompt])[0] for prompt in PROMPTS]
+        return {
+            "alone": alone,
+            "together": outputs(llm),
+            "in another order": outputs(llm, prompts=PROMPTS[::-1])[::-1],
+        }
+
+    with engine(folder, "native", enable_prefix_caching=False) as llm:
+        found = asked(llm)
+    options = {"max_num_batched_tokens": 8, "enable_prefix_caching": True, "block_size": 16}
+    with engine(folder, "native", **options) as llm:
+        chunked = asked(llm)
+    alone = found.pop("alone")
+    found |= {f"{how}, chunked and cached": said for how, said in chunked.items()}
+    return {
+        "said": {how: compare(alone, said) for how, said in found.items()},
+        "rows": [probe.found() for probe in probes],
+    }
+
+
 def wide_norms(original: Path, folded: Path) -> dict[str, Any]:
     """Norms stored in fp32 and served in bf16: weights of both, at the start and reloaded."""
 
@@ -256,6 +285,7 @@ def wide_norms(original: Path, folded: Path) -> dict[str, Any]:
 
 
 JOBS = (
+    invariance,
     wide_norms,
     drafts,
     adapters,

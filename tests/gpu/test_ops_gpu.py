@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
+from batch_checks import check_rows_alone
 from norm_checks import check_in_place, exact_norm, gamma, rows, ulps
 from torch import Tensor
 
@@ -48,6 +49,12 @@ def test_equals_the_unfused_sequence(tokens: int, hidden: int, dtype: torch.dtyp
     assert torch.equal(y, ops.rms_norm(total, pre, 1e-5))
     assert ulps(y, reference.rms_norm(total, pre, 1e-5), dtype) <= LIMIT[dtype]
     check_in_place(x, residual, post, pre, EPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", (512, 640, 1152, 2560, 3840, 5376, 8192))
+def test_a_row_has_the_same_bits_in_every_batch(hidden: int, dtype: torch.dtype) -> None:
+    check_rows_alone(hidden, dtype, "cuda", 2051, (1, 2, 8, 17, 64, 129, 512, 513, 1025))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

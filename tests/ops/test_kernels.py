@@ -11,6 +11,7 @@ import os
 import pytest
 import reference
 import torch
+from batch_checks import check_rows_alone
 from norm_checks import (
     check_in_place,
     exact_norm,
@@ -65,6 +66,11 @@ def test_rows_that_share_a_program_and_rows_left_over() -> None:
     whole = ops.rms_norm(x, gain, EPS)
     assert ulps(whole, reference.rms_norm(x, gain, EPS), torch.float32) <= 8.0
     assert torch.equal(ops.rms_norm(x[1022:], gain, EPS), whole[1022:])
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32))
+def test_a_row_has_the_same_bits_in_every_batch(dtype: torch.dtype) -> None:
+    check_rows_alone(64, dtype, "cpu", 4, (1, 3))
 
 
 def test_strides_and_layouts() -> None:

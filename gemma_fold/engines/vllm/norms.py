@@ -11,7 +11,8 @@ The norms of q and k have three modes:
 
 * fused: one launch norms every q and k head in place, right after their projection. The best if
   each kernel is launched by itself.
-* inline: an expression, which a compiler fuses with the rotary embedding that follows.
+* inline: an expression, which a compiler fuses with the rotary embedding that follows, and whose
+  sum it orders as it likes: not for `VLLM_BATCH_INVARIANT`.
 * separate: one operator for q and one for k, if an adapter may replace the projection.
 """
 
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from vllm import envs
 from vllm.config import CompilationMode
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
@@ -131,7 +133,8 @@ def choose_qk_mode(vllm_config: Any) -> QkMode:
     for mode in _CLASSES:
         if wanted == mode:
             return mode
-    if vllm_config.compilation_config.mode != CompilationMode.NONE:
+    compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
+    if compiled and not envs.VLLM_BATCH_INVARIANT:
         return "inline"
     return "separate" if vllm_config.lora_config is not None else "fused"
 
