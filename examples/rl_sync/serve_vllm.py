@@ -9,25 +9,23 @@ import recorder
 import torch
 from rollout import answer
 
+OPTIONS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 1 << 28,
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+}
+
 
 class Rollout:
     """vLLM in this process, so that its modules can be looked at."""
 
-    def __init__(self, model: str, folder: Path) -> None:
-        from vllm import LLM
-
-        self._folder = folder
-        self._llm: Any = LLM(
-            model,
-            dtype="bfloat16",
-            enforce_eager=True,
-            max_model_len=256,
-            max_num_seqs=8,
-            kv_cache_memory_bytes=1 << 28,
-            skip_tokenizer_init=True,
-            enable_prefix_caching=False,
-        )
-        self._llm.apply_model(self._watch)
+    def __init__(self, llm: Any, folder: Path) -> None:
+        self._llm, self._folder = llm, folder
+        llm.apply_model(self._watch)
 
     def _watch(self, model: Any) -> None:
         modules = dict(model.named_modules())
@@ -70,5 +68,11 @@ def _pairs(ids: Any, logprobs: Any) -> list[tuple[int, float]]:
     return [(token, top[token].logprob) for token, top in zip(ids, logprobs, strict=True)]
 
 
+def start(model: str, folder: Path) -> Rollout:
+    from vllm import LLM
+
+    return Rollout(LLM(model, **OPTIONS), folder)
+
+
 if __name__ == "__main__":
-    answer(Rollout)
+    answer(start)

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,39 @@ def invariance(root: Path) -> dict[str, Any]:
     }
 
 
+def updates(root: Path, folder: Path) -> dict[str, Any]:
+    """A hundred steps of `examples/rl_sync` on a tiny model, and the weights that each left."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "rl_sync"))
+    import recorder
+    from rollout import MODES
+    from serve_vllm import OPTIONS, Rollout
+    from trainer import Trainer
+
+    os.environ |= MODES["native"]
+    folded, prompt = root / "gemma3_untied-folded", [5, 17, 99, 23]
+    trainer, found = Trainer(folded, rate=1e-3), []
+    with engine(folded, "native", **OPTIONS) as llm:
+        rollout = Rollout(llm, folder)
+        before = llm.apply_model(norm_weights)[0]
+        for step in range(100):
+            (answers,) = rollout.sample([prompt], 2, 6, step)
+            trainer.step([prompt], [answers])
+            pushed = trainer.tensors("raw" if step % 2 else "folded")
+            torch.save(pushed, folder / "pushed.bin")
+            rollout.update(str(folder / "pushed.bin"))
+            ids = [*prompt, *(token for token, _ in answers[0])]
+            said = rollout.score(ids)
+            explained = trainer.explain(ids, said, recorder.recorded(folder))
+            held, wanted = llm.apply_model(norm_weights)[0], dict(trainer.model.named_parameters())
+            different = [name for name in held if not torch.equal(held[name], wanted[name])]
+            found.append({**asdict(explained), "different": different})
+    trainer.model.save_pretrained(folder / "saved")
+    with engine(folder / "saved", "native", **OPTIONS) as llm:
+        fresh = Rollout(llm, folder).score(ids)
+    moved = sum(not torch.equal(held[name], before[name]) for name in held)
+    return {"updates": found, "fresh": fresh == said, "norms": len(held), "moved": moved}
+
+
 def wide_norms(original: Path, folded: Path) -> dict[str, Any]:
     """Norms stored in fp32 and served in bf16: weights of both, at the start and reloaded."""
 
@@ -285,6 +319,7 @@ def wide_norms(original: Path, folded: Path) -> dict[str, Any]:
 
 
 JOBS = (
+    updates,
     invariance,
     wide_norms,
     drafts,
