@@ -22,6 +22,7 @@ from typing import Any
 import recorder
 import rollout
 import torch
+import transformers
 from trainer import Form, Trainer
 
 from gemma_fold import convert
@@ -70,10 +71,21 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
-def prompts(model: Path) -> list[list[int]]:
-    from transformers import AutoTokenizer
+def add_run(
+    file: Path, args: argparse.Namespace, versions: dict[str, str], found: list[dict[str, Any]]
+) -> None:
+    """Add a run to those in `file`, or put it in the place of one of the same kind."""
+    about = {"engine": args.engine, "mode": args.mode, "model": args.model.resolve().name}
+    runs = json.loads(file.read_text()) if file.exists() else []
+    kept = [run for run in runs if any(run[key] != value for key, value in about.items())]
+    text = ",\n".join(
+        json.dumps(run) for run in [*kept, {**about, "versions": versions, "updates": found}]
+    )
+    file.write_text(f"[\n{text}\n]\n")
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+
+def prompts(model: Path) -> list[list[int]]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     return [tokenizer(text).input_ids for text in TEXTS]
 
 
@@ -87,7 +99,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mode", choices=rollout.MODES, default="native")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=12, help="of each answer")
-    parser.add_argument("--json", type=Path, help="write what was found")
+    parser.add_argument("--json", type=Path, help="add what was found to this list of runs")
     return parser.parse_args()
 
 
@@ -102,13 +114,14 @@ def main() -> int:
         with rollout.running(args.engine, args.mode, args.python, served, folder) as engine:
             start = time.perf_counter()
             print(f"{args.engine}, {args.mode}: {args.steps} updates of {args.model}", flush=True)
+            versions = engine.call("versions") | {"transformers": transformers.__version__}
             found = []
             for one in steps(Trainer(folded), engine, args, folder):
                 found.append(one)
                 print(line(one), flush=True)
             print(f"{time.perf_counter() - start:.0f} s", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        add_run(args.json, args, versions, found)
     exact = all(one["norms"] == one["states"] == 0 for one in found)
     return 0 if exact or args.mode == "stock" else 1
 

