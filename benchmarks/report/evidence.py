@@ -145,6 +145,8 @@ def fuzz() -> str:
 
 def rl_sync() -> str:
     """What `make rl-sync` found after each update."""
+    if not (DATA / "rl_sync.json").exists():
+        return "Not run with the real model yet."
     rows = []
     for run in _read("rl_sync"):
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
