@@ -12,6 +12,7 @@ from rollout import answer
 
 OPTIONS: dict[str, Any] = {
     "dtype": "bfloat16",
+    "distributed_executor_backend": "uni",  # in this process
     "enforce_eager": True,
     "max_model_len": 256,
     "max_num_seqs": 8,

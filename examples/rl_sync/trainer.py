@@ -149,5 +149,5 @@ def _differing(found: Tensor, expected: Tensor) -> int:
 
 
 def _reward(answer: Answer) -> float:
-    """How much of an answer is not said twice."""
-    return len({token for token, _ in answer}) / len(answer)
+    """How many of its tokens have an even number: a task for any model, with any vocabulary."""
+    return sum(token % 2 == 0 for token, _ in answer) / len(answer)

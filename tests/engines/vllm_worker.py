@@ -274,7 +274,7 @@ def updates(root: Path, folder: Path) -> dict[str, Any]:
 
     os.environ |= MODES["native"]
     folded, prompt = root / "gemma3_untied-folded", [5, 17, 99, 23]
-    trainer, found = Trainer(folded, rate=1e-3), []
+    trainer, found = Trainer(folded), []
     with engine(folded, "native", **OPTIONS) as llm:
         rollout = Rollout(llm, folder)
         before = llm.apply_model(norm_weights)[0]
