@@ -28,7 +28,7 @@ from benchmarks.vllm_decode import ENVIRONMENT, ON_CPU, PLUGIN, Child
 
 #: Stock vLLM without the flag.
 FREE = "stock_without_flag"
-FLAG = {"VLLM_BATCH_INVARIANT": "1"}
+FLAG, NO_FLAG = ({"VLLM_BATCH_INVARIANT": value} for value in "10")
 SIDES = {OURS: OURS, STOCK: STOCK, FREE: STOCK}
 MOST = 256
 #: What a step takes: longer than any prompt, and far less than a batch of many.
@@ -166,11 +166,11 @@ def main() -> None:
         else:
             model = args.folder.resolve()
         # A CPU has no kernels for the flag.
-        flag, here = ({}, ON_CPU) if args.rehearse else (FLAG, {})
+        flag, here = (NO_FLAG, ON_CPU) if args.rehearse else (FLAG, {})
         options, given = engine_options(args), ENVIRONMENT | here
         children = []
         for name, impl in SIDES.items():
-            own = given | ({} if name == FREE else flag)
+            own = given | (NO_FLAG if name == FREE else flag)
             children.append(Child(impl, {"model": str(model), **options}, own, work, name))
             at_end.callback(children[-1].stop)
         about = {child.name: child.read() for child in children}

@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm.config import CompilationMode  # noqa: E402
+from vllm.config import CompilationMode
 
-from gemma_fold.engines.vllm.norms import choose_qk_mode  # noqa: E402
+from gemma_fold.engines.vllm.norms import choose_qk_mode
 
 pytestmark = pytest.mark.engine
 
