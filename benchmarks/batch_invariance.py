@@ -177,7 +177,7 @@ def main() -> None:
         for child in children:
             print(f"{child.name}: {about[child.name]}", *child.native_lines(), sep="\n  ")
         print(f"all engines up after {time.perf_counter() - start:.0f} s", flush=True)
-        rows = []
+        rows: list[Row] = []
         for child in children:
             rows += count(child, args, briefly=child.name == FREE)
             print(f"{child.name} counted after {time.perf_counter() - start:.0f} s", flush=True)

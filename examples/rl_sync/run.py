@@ -67,7 +67,7 @@ def line(found: dict[str, Any]) -> str:
         f"    norms of q and k, from the rollout's inputs, and the last norm: {found['norms']} + "
         f"{found['states']} of {found['compared']} values differ\n"
         f"    with the rollout's attention and feed-forward blocks in the trainer, the gap is "
-        f"{found['blocks']:.2e}: the head's product"
+        f"{found['blocks']:.2e}: what the head's product adds"
     )
 
 

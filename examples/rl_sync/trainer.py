@@ -48,7 +48,6 @@ class Trainer:
     def __init__(self, folder: Path, rate: float = 1e-4) -> None:
         self.model: Any = gemma_fold.load(str(folder), dtype="bfloat16").train()
         self.model.get_input_embeddings().weight.requires_grad_(False)
-        self.model.gradient_checkpointing_enable()
         trained = [one for one in self.model.parameters() if one.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
 

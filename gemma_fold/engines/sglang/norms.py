@@ -61,9 +61,8 @@ class GainedNorm(nn.Module):
             gamma = loaded.view(-1)
             weight = unfold(gamma, _OFFSET, torch.float32)
         else:
-            gamma, weight = getattr(loaded, GAMMA, None), loaded
-            if gamma is None:
-                gamma = fold(loaded, _OFFSET)
+            exact: Tensor | None = getattr(loaded, GAMMA, None)
+            gamma, weight = fold(loaded, _OFFSET) if exact is None else exact, loaded
         parameter.data.copy_(weight)
         self.gamma32.copy_(gamma)
         self._refresh_rounded()
