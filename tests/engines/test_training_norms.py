@@ -22,6 +22,7 @@ IDS = torch.arange(3, 35).view(2, 16)
 WIDE = 5376  # where a compiler's own sum differs in some rows
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_training_says_what_evaluation_says() -> None:
     """Fused or not, with gradients or without, layer by layer or checkpointed."""
     model = gemma_fold.fold_model(tiny.build("gemma3_text", torch.bfloat16))
