@@ -47,7 +47,7 @@ def steps(
         explained = trainer.explain(ids, said, recorder.recorded(folder))
         ((again,),) = engine.call("sample", args.prompts[:1], 1, args.tokens, step)
         with torch.no_grad():
-            own = trainer.logprobs([*args.prompts[0], *(token for token, _ in again)])
+            own = trainer.logprobs([*args.prompts[0], *(token for token, _ in again)]).tolist()
         sampled = max(
             abs(logprob - one) for (_, logprob), one in zip(again, own[-len(again) :], strict=True)
         )

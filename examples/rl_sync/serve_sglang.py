@@ -74,9 +74,13 @@ class Rollout:
 
     def update(self, file: str) -> None:
         """Take the tensors in `file`, by SGLang's own update of a running model."""
-        succeeded, message = self._engine.update_weights_from_tensor(
-            named_tensors=list(torch.load(file).items())
-        )
+        tensors = list(torch.load(file).items())
+        session = hasattr(self._engine, "begin_weight_update")
+        if session:
+            self._engine.begin_weight_update()
+        succeeded, message = self._engine.update_weights_from_tensor(named_tensors=tensors)
+        if session:
+            self._engine.end_weight_update()
         if not succeeded:
             raise RuntimeError(message)
 

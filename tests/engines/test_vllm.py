@@ -198,7 +198,8 @@ def test_a_hundred_updates_leave_the_norms_of_the_trainer(models: Path, tmp_path
         assert one["different"] == []
         assert one["norms"] == one["states"] == 0 and one["compared"] > 1000
         assert_close({"max_logprob_difference": one["whole"]}, 0.1)
-    assert found["moved"] == found["norms"] == 13
+        assert one["held"] == 13
+    assert sum(one["moved"] > 0 for one in found["updates"]) > 50
     assert found["fresh"], "an engine that starts with these weights says something else"
 
 

@@ -238,24 +238,20 @@ def adapters(root: Path, adapter: Path, with_norms: Path) -> dict[str, Any]:
 
 def invariance(root: Path) -> dict[str, Any]:
     """Native mode: the same prompts in batches of every kind, and which modules tell them apart."""
-    folder = root / "gemma3_text-folded"
     os.environ["GEMMA_FOLD_QK"] = "separate"  # the norms of q and k as modules, for the probe
     probes: list[RowProbe] = []
 
-    def asked(llm: Any) -> dict[str, Outputs]:
-        llm.apply_model(lambda model: probes.append(RowProbe(model)))
-        alone = [outputs(llm, prompts=[prompt])[0] for prompt in PROMPTS]
-        return {
-            "alone": alone,
-            "together": outputs(llm),
-            "in another order": outputs(llm, prompts=PROMPTS[::-1])[::-1],
-        }
+    def asked(**options: Any) -> dict[str, Outputs]:  # one engine must be gone before the next
+        with engine(root / "gemma3_text-folded", "native", **options) as llm:
+            llm.apply_model(lambda model: probes.append(RowProbe(model)))
+            return {
+                "alone": [outputs(llm, prompts=[prompt])[0] for prompt in PROMPTS],
+                "together": outputs(llm),
+                "in another order": outputs(llm, prompts=PROMPTS[::-1])[::-1],
+            }
 
-    with engine(folder, "native", enable_prefix_caching=False) as llm:
-        found = asked(llm)
-    options = {"max_num_batched_tokens": 8, "enable_prefix_caching": True, "block_size": 16}
-    with engine(folder, "native", **options) as llm:
-        chunked = asked(llm)
+    found = asked(enable_prefix_caching=False)
+    chunked = asked(max_num_batched_tokens=8, enable_prefix_caching=True, block_size=16)
     alone = found.pop("alone")
     found |= {f"{how}, chunked and cached": said for how, said in chunked.items()}
     return {
@@ -267,34 +263,44 @@ def invariance(root: Path) -> dict[str, Any]:
 def updates(root: Path, folder: Path) -> dict[str, Any]:
     """A hundred steps of `examples/rl_sync` on a tiny model, and the weights that each left."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "rl_sync"))
-    import recorder
     from rollout import MODES
     from serve_vllm import OPTIONS, Rollout
     from trainer import Trainer
 
     os.environ |= MODES["native"]
-    folded, prompt = root / "gemma3_untied-folded", [5, 17, 99, 23]
-    trainer, found = Trainer(folded), []
+    folded = root / "gemma3_untied-folded"
+    trainer = Trainer(folded)
     with engine(folded, "native", **OPTIONS) as llm:
         rollout = Rollout(llm, folder)
-        before = llm.apply_model(norm_weights)[0]
-        for step in range(100):
-            (answers,) = rollout.sample([prompt], 2, 6, step)
-            trainer.step([prompt], [answers])
-            pushed = trainer.tensors("raw" if step % 2 else "folded")
-            torch.save(pushed, folder / "pushed.bin")
-            rollout.update(str(folder / "pushed.bin"))
-            ids = [*prompt, *(token for token, _ in answers[0])]
-            said = rollout.score(ids)
-            explained = trainer.explain(ids, said, recorder.recorded(folder))
-            held, wanted = llm.apply_model(norm_weights)[0], dict(trainer.model.named_parameters())
-            different = [name for name in held if not torch.equal(held[name], wanted[name])]
-            found.append({**asdict(explained), "different": different})
+        found = [_update(step, llm, rollout, trainer, folder) for step in range(100)]
     trainer.model.save_pretrained(folder / "saved")
+    del llm, rollout  # an engine must be gone before the next one starts
     with engine(folder / "saved", "native", **OPTIONS) as llm:
-        fresh = Rollout(llm, folder).score(ids)
-    moved = sum(not torch.equal(held[name], before[name]) for name in held)
-    return {"updates": found, "fresh": fresh == said, "norms": len(held), "moved": moved}
+        fresh = Rollout(llm, folder).score(found[-1]["ids"])
+    return {"updates": found, "fresh": fresh == found[-1]["said"]}
+
+
+def _update(step: int, llm: Any, rollout: Any, trainer: Any, folder: Path) -> dict[str, Any]:
+    import recorder
+
+    prompt = [5, 17, 99, 23]
+    before = llm.apply_model(norm_weights)[0]
+    (answers,) = rollout.sample([prompt], 2, 6, step)
+    trainer.step([prompt], [answers])
+    torch.save(trainer.tensors("raw" if step % 2 else "folded"), folder / "pushed.bin")
+    rollout.update(str(folder / "pushed.bin"))
+    ids = [*prompt, *(token for token, _ in answers[0])]
+    said = rollout.score(ids)
+    explained = trainer.explain(ids, said, recorder.recorded(folder))
+    held, wanted = llm.apply_model(norm_weights)[0], dict(trainer.model.named_parameters())
+    return {
+        **asdict(explained),
+        "ids": ids,
+        "said": said,
+        "held": len(held),
+        "moved": sum(not torch.equal(held[name], before[name]) for name in held),
+        "different": [name for name in held if not torch.equal(held[name], wanted[name])],
+    }
 
 
 def wide_norms(original: Path, folded: Path) -> dict[str, Any]:
