@@ -30,20 +30,23 @@ def hook(config: dict[str, str]) -> Callable[..., None]:
     folder, name = Path(config["folder"]), config["name"]
 
     def record(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        if not (folder / NOW).exists():
-            return
+        file = folder / f"{name}.pt"
+        if file.exists() or not (folder / NOW).exists():
+            return  # SGLang starts one pass more before it sees that a request is done
         made = output[0] if isinstance(output, tuple) else output
         found = {"y": made.detach().clone()}
         if name.endswith("_norm"):
             found["x"] = args[0].detach().clone()
-        torch.save(found, folder / f"{name}.pt")
+        torch.save(found, file)
 
     return record
 
 
 @contextmanager
 def recording(folder: Path) -> Iterator[None]:
-    """Hooks write while this lasts."""
+    """Hooks write the first pass while this lasts."""
+    for old in folder.glob("*.pt"):
+        old.unlink()
     now = folder / NOW
     now.touch()
     try:
