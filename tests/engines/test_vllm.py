@@ -179,15 +179,9 @@ def test_what_bypasses_the_loaders_is_taken_right_or_refused(reloads: Any, mode:
 # --- the same in every batch, and after every update ---------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def determinism(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("determinism")
-    return work("determinism", folder, models, folder)
-
-
-def test_no_norm_of_native_mode_tells_batches_apart(determinism: Any) -> None:
+def test_no_norm_of_native_mode_tells_batches_apart(models: Path, tmp_path: Path) -> None:
     """The log-probabilities, too, as far as vLLM's own products on a CPU allow."""
-    found = determinism["batches"]
+    found = work("invariance", tmp_path, models)
     for rows in found["rows"]:
         again, changed = rows["Norm"]
         assert again > 1000 and changed == 0
@@ -197,8 +191,8 @@ def test_no_norm_of_native_mode_tells_batches_apart(determinism: Any) -> None:
         assert_close(said, 0.05)
 
 
-def test_a_hundred_updates_leave_the_norms_of_the_trainer(determinism: Any) -> None:
-    found = determinism["updates"]
+def test_a_hundred_updates_leave_the_norms_of_the_trainer(models: Path, tmp_path: Path) -> None:
+    found = work("updates", tmp_path, models, tmp_path)
     assert len(found["updates"]) == 100
     for one in found["updates"]:
         assert one["different"] == []

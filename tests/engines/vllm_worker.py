@@ -236,12 +236,7 @@ def adapters(root: Path, adapter: Path, with_norms: Path) -> dict[str, Any]:
     }
 
 
-def determinism(root: Path, folder: Path) -> dict[str, Any]:
-    """Batches and updates, in one process."""
-    return {"batches": batches(root), "updates": updates(root, folder)}
-
-
-def batches(root: Path) -> dict[str, Any]:
+def invariance(root: Path) -> dict[str, Any]:
     """Native mode: the same prompts in batches of every kind, and which modules tell them apart."""
     os.environ["GEMMA_FOLD_QK"] = "separate"  # the norms of q and k as modules, for the probe
     probes: list[RowProbe] = []
@@ -330,7 +325,8 @@ def wide_norms(original: Path, folded: Path) -> dict[str, Any]:
 
 
 JOBS = (
-    determinism,
+    updates,
+    invariance,
     wide_norms,
     drafts,
     adapters,
