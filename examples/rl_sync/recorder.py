@@ -17,6 +17,8 @@ NOW = "now"
 BLOCKS = ("self_attn", "mlp")
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 LAST_NORM = "model.norm"
+#: Scaled by SGLang with a float, by transformers and vLLM with one rounded to bf16.
+EMBEDDING = "model.embed_tokens"
 
 
 def names(layers: int) -> list[str]:

@@ -42,7 +42,7 @@ class Rollout:
                     "hook_factory": "recorder:hook",
                     "config": {"folder": str(folder), "name": name},
                 }
-                for name in recorder.names(layers)
+                for name in (*recorder.names(layers), recorder.EMBEDDING)
             ],
         )
 

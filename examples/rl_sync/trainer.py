@@ -120,7 +120,7 @@ class Trainer:
         """Attention and feed-forward blocks give what those of the rollout gave."""
         hooks = []
         for name, one in recorded.items():
-            if name.endswith(recorder.BLOCKS):
+            if name.endswith(recorder.BLOCKS) or name == recorder.EMBEDDING:
                 hooks.append(
                     self.model.get_submodule(name).register_forward_hook(_giving(one["y"]))
                 )

@@ -10,32 +10,25 @@ pytest.importorskip("vllm")
 
 from vllm.config import CompilationMode
 
-from gemma_fold.engines.vllm.norms import choose_qk_mode
+from gemma_fold.engines.vllm.norms import _uncached_qk_mode
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize(
-    ("mode", "lora", "flag", "asked", "chosen"),
+    ("mode", "lora", "flag", "chosen"),
     [
-        (CompilationMode.NONE, None, "0", "", "fused"),
-        (CompilationMode.NONE, object(), "0", "", "separate"),
-        (CompilationMode.VLLM_COMPILE, None, "0", "", "inline"),
-        (CompilationMode.VLLM_COMPILE, None, "1", "", "fused"),
-        (CompilationMode.VLLM_COMPILE, object(), "1", "", "separate"),
-        (CompilationMode.VLLM_COMPILE, None, "1", "inline", "inline"),
+        (CompilationMode.NONE, None, "0", "fused"),
+        (CompilationMode.NONE, object(), "0", "separate"),
+        (CompilationMode.VLLM_COMPILE, None, "0", "inline"),
+        (CompilationMode.VLLM_COMPILE, None, "1", "fused"),
+        (CompilationMode.VLLM_COMPILE, object(), "1", "separate"),
     ],
 )
 def test_no_compiler_orders_a_sum_that_must_be_invariant(
-    mode: CompilationMode,
-    lora: object,
-    flag: str,
-    asked: str,
-    chosen: str,
-    monkeypatch: pytest.MonkeyPatch,
+    mode: CompilationMode, lora: object, flag: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", flag)
-    monkeypatch.setenv("GEMMA_FOLD_QK", asked)
     compilation = SimpleNamespace(mode=mode)
     config = SimpleNamespace(compilation_config=compilation, lora_config=lora)
-    assert choose_qk_mode(config) == chosen
+    assert _uncached_qk_mode(config) == chosen
