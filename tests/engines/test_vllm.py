@@ -177,6 +177,33 @@ def test_what_bypasses_the_loaders_is_taken_right_or_refused(reloads: Any, mode:
         assert verdict == "taken" or verdict.startswith("refused"), verdict
 
 
+# --- the same in every batch, and after every update ---------------------------------------------
+
+
+def test_no_norm_of_native_mode_tells_batches_apart(models: Path, tmp_path: Path) -> None:
+    """The log-probabilities, too, as far as vLLM's own products on a CPU allow."""
+    found = work("invariance", tmp_path, models)
+    for rows in found["rows"]:
+        again, changed = rows["Norm"]
+        assert again > 1000 and changed == 0
+    assert len(found["said"]) == 5
+    for said in found["said"].values():
+        assert said["distinct_tokens"] > 1
+        assert_close(said, 0.05)
+
+
+def test_a_hundred_updates_leave_the_norms_of_the_trainer(models: Path, tmp_path: Path) -> None:
+    found = work("updates", tmp_path, models, tmp_path)
+    assert len(found["updates"]) == 100
+    for one in found["updates"]:
+        assert one["different"] == []
+        assert one["norms"] == one["states"] == 0 and one["compared"] > 1000
+        assert_close({"max_logprob_difference": one["whole"]}, 0.1)
+        assert one["held"] == 13
+    assert sum(one["moved"] > 0 for one in found["updates"]) > 50
+    assert found["fresh"], "an engine that starts with these weights says something else"
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,9 @@ def engine(folder: Path, mode: str | None = None, **options: Any) -> Iterator[An
             cleanup_dist_env_and_memory()
 
 
-def outputs(llm: Any, adapter: Path | None = None) -> Outputs:
+def outputs(
+    llm: Any, adapter: Path | None = None, prompts: Sequence[Sequence[int]] = PROMPTS
+) -> Outputs:
     """48 greedy tokens after each prompt, with the top 5 log-probabilities of all positions.
 
     One more prompt has a picture, if the model sees pictures.
@@ -67,7 +69,7 @@ def outputs(llm: Any, adapter: Path | None = None) -> Outputs:
         logprobs=5,
         prompt_logprobs=5,
     )
-    prompts: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
+    asked: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     lora = None
     if adapter is not None:
         from vllm.lora.request import LoRARequest
@@ -75,14 +77,14 @@ def outputs(llm: Any, adapter: Path | None = None) -> Outputs:
         lora = LoRARequest("adapter", 1, str(adapter))
     picture = PICTURES.get(llm.llm_engine.vllm_config.model_config.hf_config.model_type)
     if picture:
-        prompts.append({"prompt_token_ids": list(picture), "multi_modal_data": _picture()})
+        asked.append({"prompt_token_ids": list(picture), "multi_modal_data": _picture()})
     return [
         {
             "tokens": list(request.outputs[0].token_ids),
             "logprobs": [_plain(top) for top in request.outputs[0].logprobs],
             "prompt": [_plain(top) for top in request.prompt_logprobs if top],
         }
-        for request in llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
+        for request in llm.generate(asked, params, use_tqdm=False, lora_request=lora)
     ]
 
 

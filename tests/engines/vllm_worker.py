@@ -11,12 +11,14 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from row_probe import RowProbe
 from safetensors import safe_open
-from vllm_engine import Outputs, compare, engine, outputs, run
+from vllm_engine import PROMPTS, Outputs, compare, engine, outputs, run
 from vllm_probes import draft_norms, first_norm, native_norms, norm_weights, reducing_norms
 
 
@@ -235,6 +237,73 @@ def adapters(root: Path, adapter: Path, with_norms: Path) -> dict[str, Any]:
     }
 
 
+def invariance(root: Path) -> dict[str, Any]:
+    """Native mode: the same prompts in batches of every kind, and which modules tell them apart."""
+    os.environ["GEMMA_FOLD_QK"] = "separate"  # the norms of q and k as modules, for the probe
+    probes: list[RowProbe] = []
+
+    def asked(**options: Any) -> dict[str, Outputs]:  # one engine must be gone before the next
+        with engine(root / "gemma3_text-folded", "native", **options) as llm:
+            llm.apply_model(lambda model: probes.append(RowProbe(model)))
+            return {
+                "alone": [outputs(llm, prompts=[prompt])[0] for prompt in PROMPTS],
+                "together": outputs(llm),
+                "in another order": outputs(llm, prompts=PROMPTS[::-1])[::-1],
+            }
+
+    found = asked(enable_prefix_caching=False)
+    chunked = asked(max_num_batched_tokens=8, enable_prefix_caching=True, block_size=16)
+    alone = found.pop("alone")
+    found |= {f"{how}, chunked and cached": said for how, said in chunked.items()}
+    return {
+        "said": {how: compare(alone, said) for how, said in found.items()},
+        "rows": [probe.found() for probe in probes],
+    }
+
+
+def updates(root: Path, folder: Path) -> dict[str, Any]:
+    """A hundred steps of `examples/rl_sync` on a tiny model, and the weights that each left."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "rl_sync"))
+    from rollout import MODES
+    from serve_vllm import OPTIONS, Rollout
+    from trainer import Trainer
+
+    os.environ |= MODES["native"]
+    folded = root / "gemma3_untied-folded"
+    trainer = Trainer(folded)
+    with engine(folded, "native", **OPTIONS) as llm:
+        rollout = Rollout(llm, folder)
+        found = [_update(step, llm, rollout, trainer, folder) for step in range(100)]
+    trainer.model.save_pretrained(folder / "saved")
+    del llm, rollout  # an engine must be gone before the next one starts
+    with engine(folder / "saved", "native", **OPTIONS) as llm:
+        fresh = Rollout(llm, folder).score(found[-1]["ids"])
+    return {"updates": found, "fresh": fresh == found[-1]["said"]}
+
+
+def _update(step: int, llm: Any, rollout: Any, trainer: Any, folder: Path) -> dict[str, Any]:
+    import recorder
+
+    prompt = [5, 17, 99, 23]
+    before = llm.apply_model(norm_weights)[0]
+    (answers,) = rollout.sample([prompt], 2, 6, step)
+    trainer.step([prompt], [answers])
+    torch.save(trainer.tensors("raw" if step % 2 else "folded"), folder / "pushed.bin")
+    rollout.update(str(folder / "pushed.bin"))
+    ids = [*prompt, *(token for token, _ in answers[0])]
+    said = rollout.score(ids)
+    explained = trainer.explain(ids, said, recorder.recorded(folder))
+    held, wanted = llm.apply_model(norm_weights)[0], dict(trainer.model.named_parameters())
+    return {
+        **asdict(explained),
+        "ids": ids,
+        "said": said,
+        "held": len(held),
+        "moved": sum(not torch.equal(held[name], before[name]) for name in held),
+        "different": [name for name in held if not torch.equal(held[name], wanted[name])],
+    }
+
+
 def wide_norms(original: Path, folded: Path) -> dict[str, Any]:
     """Norms stored in fp32 and served in bf16: weights of both, at the start and reloaded."""
 
@@ -257,6 +326,8 @@ def wide_norms(original: Path, folded: Path) -> dict[str, Any]:
 
 
 JOBS = (
+    updates,
+    invariance,
     wide_norms,
     drafts,
     adapters,

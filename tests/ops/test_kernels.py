@@ -11,6 +11,7 @@ import os
 import pytest
 import reference
 import torch
+from batch_checks import check_rows_alone
 from norm_checks import (
     check_in_place,
     exact_norm,
@@ -75,6 +76,10 @@ def test_one_is_added_to_a_zero_centred_weight(stored: torch.dtype, dtype: torch
     got = ops.rms_norm_zero_centered(x, weight, EPS)
     assert torch.equal(got, ops.rms_norm(x, 1.0 + weight.float(), EPS))
     assert ulps(got, exact_norm(x, 1.0 + weight.double(), EPS), dtype) <= LIMIT[dtype]
+
+
+def test_a_row_has_the_same_bits_in_every_batch() -> None:
+    check_rows_alone(64, torch.float32, "cpu", 3, (1,))
 
 
 def test_strides_and_layouts() -> None:
