@@ -58,7 +58,7 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 	touch $@
 
 engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m ## the tests that need vLLM or SGLang, each in its environment
-	both="-m engine --durations=8 tests/engines/test_attach_handed.py tests/rules/test_survey.py"; \
+	both="-m engine --durations=20 tests/engines/test_attach_handed.py tests/rules/test_survey.py"; \
 	$(VLLM)/bin/pytest $$both tests/engines/test_vllm*.py; vllm=$$?; \
 	$(SGLANG)/bin/pytest $$both tests/engines/test_sglang*.py; sglang=$$?; \
 	exit $$((vllm || sglang))
@@ -97,7 +97,7 @@ test: venv .cache/gemma-3-270m ## every test that this machine can run: test-lib
 test-library: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded ## every test but the engines', with the oldest transformers and the pinned one
 	$(OLDEST)/bin/pytest -m "not engine" tests/engines/test_transformers*.py \
 		tests/engines/test_serve.py tests/engines/test_unaware_loaders.py
-	$(BIN)/pytest -m "not engine"
+	$(BIN)/pytest -m "not engine" --durations=20
 
 HALF := tests/checkpoint tests/compare tests/engines tests/ops
 
