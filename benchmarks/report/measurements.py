@@ -15,6 +15,8 @@ from benchmarks.result import RESULTS, STOCK, Result
 
 #: Reports of `gemma-fold diff --json`, in the form that docs/diff.md describes.
 DIFFS = RESULTS.parent / "diffs"
+#: How transformers decoded: what a mode of these runs is called.
+MODES = {"eager": "growing cache, eager", "static": "static cache, reduce-overhead"}
 
 
 def decode() -> str:

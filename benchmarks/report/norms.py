@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: the norm operators against their peers and a copy."""
+"""docs/benchmarks.md, docs/benchmarks_points.md: the norm operators, their peers and a copy."""
 
 from __future__ import annotations
 
@@ -50,14 +50,24 @@ def _chapter(result: Result) -> Iterator[str]:
     yield f"## {result.machine.device}, {result.date}\n\n{provenance(result)}"
     yield _summary(times, judged)
     yield f"### Where a peer is more than 3 % faster\n\n{_lost(judged)}"
+    if "host_us" in frame(result):
+        yield f"### Host time of one eager call\n\n{_host(wide(result, 'host_us'))}"
+
+
+def points() -> str:
+    """What the chapters of `norms` sum up."""
+    return "\n\n".join(part for result in results("norms") for part in _points(result))
+
+
+def _points(result: Result) -> Iterator[str]:
+    times = wide(result, "us")
+    yield f"## {result.machine.device}, {result.date}"
     yield (
         "### Where the sandwich takes more than 0.70 of the best two launches\n\n"
         "The second launch can find in the L2 what the first one wrote; then two move little more "
         "than one. Ours is about as fast as a copy there.\n\n"
-        + folded("All such points", _bounded(times, judged))
+        + folded("All such points", _bounded(times, against_best(times, is_peer)))
     )
-    if "host_us" in frame(result):
-        yield f"### Host time of one eager call\n\n{_host(wide(result, 'host_us'))}"
     yield "### Microseconds"
     yield from (
         folded(f"{title} (<code>{op}</code>)", _details(times.loc[op], op))
