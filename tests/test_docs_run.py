@@ -58,6 +58,8 @@ ELSEWHERE = {
     r"gemma-fold diff .*--html": "tests/compare/test_diff.py",
     r"gemma-fold diff .*http:": "tests/compare/test_diff_evidence.py",
     r"hf (extensions|gemma-fold) ": "tests/test_hf_extension.py",
+    r"make kernels": "tests/test_kernel_package.py",
+    r"(kernel-builder|hf) (repos|upload) ?": "docs/kernels_hub.md",  # which says: never run
 }
 #: What the Python of a document takes for granted.
 PRELUDES = {
