@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The pins are of Python 3.11 and later; `make test-fast LOCK=` takes what there is today instead.
 LOCK ?= -c constraints.txt
 
-.PHONY: help venv demo test test-library test-fast engines check docs site site-serve lock package kernels survey canary clean
+.PHONY: help venv demo test test-library test-fast engines rl-sync check docs site site-serve lock package kernels survey canary clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
@@ -58,10 +58,18 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 	touch $@
 
 engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m ## the tests that need vLLM or SGLang, each in its environment
-	both="-m engine --durations=8 tests/engines/test_attach_handed.py tests/rules/test_survey.py"; \
+	both="-m engine --durations=20 tests/engines/test_attach_handed.py tests/rules/test_survey.py"; \
 	$(VLLM)/bin/pytest $$both tests/engines/test_vllm*.py; vllm=$$?; \
 	$(SGLANG)/bin/pytest $$both tests/engines/test_sglang*.py; sglang=$$?; \
 	exit $$((vllm || sglang))
+
+# What each run found goes into the list that docs/determinism.md shows, with `make docs`.
+RL := $(BIN)/python examples/rl_sync/run.py .cache/gemma-3-270m --json tests/data/rl_sync.json
+
+rl-sync: venv $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m ## the real 270M: train, push into running engines, print the gaps
+	$(RL) --engine vllm --python $(VLLM)/bin/python
+	$(RL) --engine sglang --python $(SGLANG)/bin/python
+	$(RL) --engine sglang --python $(SGLANG)/bin/python --mode stock
 
 # Most models here are tiny: threads that wait for each other take longer than one alone.
 test test-library test-fast engines: export OMP_NUM_THREADS ?= 1
@@ -89,7 +97,7 @@ test: venv .cache/gemma-3-270m ## every test that this machine can run: test-lib
 test-library: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded ## every test but the engines', with the oldest transformers and the pinned one
 	$(OLDEST)/bin/pytest -m "not engine" tests/engines/test_transformers*.py \
 		tests/engines/test_serve.py tests/engines/test_unaware_loaders.py
-	$(BIN)/pytest -m "not engine"
+	$(BIN)/pytest -m "not engine" --durations=20
 
 HALF := tests/checkpoint tests/compare tests/engines tests/ops
 

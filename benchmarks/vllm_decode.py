@@ -70,13 +70,24 @@ PROFILED = {
 
 
 class Child:
-    """An engine process and the two pipes to it."""
+    """An engine process and the two pipes to it.
+
+    Attributes:
+        impl: whose norms it runs.
+        name: what rows call it.
+    """
 
     def __init__(
-        self, impl: str, options: dict[str, Any], given: dict[str, str], work: Path
+        self,
+        impl: str,
+        options: dict[str, Any],
+        given: dict[str, str],
+        work: Path,
+        name: str = "",
     ) -> None:
         self.impl = impl
-        self._log = work / f"{impl}.log"
+        self.name = name or impl
+        self._log = work / f"{self.name}.log"
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
         sent = {"engine": options, "traces": str(_traces(impl, work))}
@@ -99,7 +110,7 @@ class Child:
     def read(self) -> dict[str, Any]:
         line = self._answers.readline()
         if not line:
-            raise SystemExit(engines.ended(self.impl, self._log))
+            raise SystemExit(engines.ended(self.name, self._log))
         return json.loads(line)
 
     def ask(self, **command: Any) -> dict[str, Any]:

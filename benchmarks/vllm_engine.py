@@ -2,7 +2,7 @@
 
 `python -P vllm_engine.py READ_FD WRITE_FD OPTIONS`; OPTIONS is JSON: `engine` for vllm.LLM, and
 where `traces` of a profile go. Commands: {"do": "measure" or "profile", "concurrency", "input",
-"output", "seed"} and {"do": "exit"}.
+"output", "seed"}, {"do": "say", "batches", "output", "fresh"} and {"do": "exit"}.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 PROFILED_STEPS = 10
+#: Log-probabilities that come with an output token, beside its own.
+TOP = 4
+#: The most tokens of a prompt that is said; the first of them are those of other prompts, too.
+LONGEST, SHARED = 192, 64
 
 
 class Engine:
@@ -31,6 +35,7 @@ class Engine:
         config = self._llm.llm_engine.vllm_config
         self._vocabulary = config.model_config.get_vocab_size()
         self._started = 0
+        self._said: dict[int, list[dict[int, float]]] = {}
         self.about = {
             "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
             "compilation_mode": str(config.compilation_config.mode),
@@ -70,6 +75,42 @@ class Engine:
             engine.step()
         return {"kernels": self._kernels()}
 
+    def say(self, batches: list[list[int]], output: int, fresh: bool) -> dict[str, Any]:
+        """Answer numbered prompts, batch by batch, and compare with the first answer to each.
+
+        `fresh`: nothing is in the prefix cache when a batch starts.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, max_tokens=output, ignore_eos=True, detokenize=False, logprobs=TOP
+        )
+        found = Counter[str]()
+        largest = 0.0
+        for batch in batches:
+            if fresh:
+                self._llm.reset_prefix_cache()
+            prompts: list[Any] = [{"prompt_token_ids": self._prompt(n)} for n in batch]
+            answers = self._llm.generate(prompts, params, use_tqdm=False)
+            for number, answer in zip(batch, answers, strict=True):
+                said = _logprobs(answer.outputs[0])
+                for one, other in zip(said, self._said.setdefault(number, said), strict=True):
+                    pairs = [(value, other.get(token)) for token, value in one.items()]
+                    found["tokens"] += 1
+                    found["logprobs"] += len(pairs)
+                    found["tokens_differing"] += next(iter(one)) != next(iter(other))
+                    found["logprobs_differing"] += sum(a != b for a, b in pairs)
+                    largest = max([largest, *(abs(a - b) for a, b in pairs if b is not None)])
+        distinct = {next(iter(one)) for said in self._said.values() for one in said}
+        return {**found, "largest": largest, "distinct_tokens": len(distinct)}
+
+    def _prompt(self, number: int) -> list[int]:
+        """Prompts of many lengths; every four begin alike."""
+        begin, choose = random.Random(number // 4), random.Random(1000 + number)
+        ids = [begin.randrange(3, self._vocabulary) for _ in range(SHARED)]
+        ids += [choose.randrange(3, self._vocabulary) for _ in range(LONGEST - SHARED)]
+        return ids[: choose.randrange(SHARED // 4, LONGEST)]
+
     def _add(self, concurrency: int, prompt: int, new: int, seed: int) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -105,6 +146,14 @@ class Engine:
         }
 
 
+def _logprobs(output: Any) -> list[dict[int, float]]:
+    """Of each token of an answer: its log-probability, first, and those of the likeliest others."""
+    return [
+        {token: top[token].logprob, **{other: entry.logprob for other, entry in top.items()}}
+        for token, top in zip(output.token_ids, output.logprobs, strict=True)
+    ]
+
+
 def _newest_trace(folder: Path) -> Path:
     """The trace of rank 0, which may be written a moment after profiling stopped."""
     for _ in range(600):
@@ -120,6 +169,14 @@ def _newest_trace(folder: Path) -> Path:
     raise RuntimeError(f"no trace was written to {folder}")
 
 
+def answer(engine: Engine, command: dict[str, Any]) -> dict[str, Any]:
+    """What a command other than "exit" gives."""
+    if command["do"] == "say":
+        return engine.say(command["batches"], command["output"], command["fresh"])
+    work = engine.measure if command["do"] == "measure" else engine.profile
+    return work(command["concurrency"], command["input"], command["output"], command["seed"])
+
+
 def main() -> None:
     read_fd, write_fd, options = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
     with open(read_fd) as commands, open(write_fd, "w", buffering=1) as answers:
@@ -129,11 +186,7 @@ def main() -> None:
             command = json.loads(line)
             if command["do"] == "exit":
                 break
-            work = engine.measure if command["do"] == "measure" else engine.profile
-            found = work(
-                command["concurrency"], command["input"], command["output"], command["seed"]
-            )
-            answers.write(json.dumps(found) + "\n")
+            answers.write(json.dumps(answer(engine, command)) + "\n")
     sys.stdout.flush()
     os._exit(0)  # the engine's processes go with this one's process group
 

@@ -20,6 +20,8 @@ KINDS = {
 }
 REST = "norms, activations, rotary embedding and the rest"
 FUSION = "compilation_config.pass_config.fuse_allreduce_rms"
+#: What is counted of a batch's log-probabilities.
+COUNTED = ("tokens", "logprobs", "logprobs_differing")
 OPEN = "Every setting that is not the engine's default"
 
 
@@ -186,3 +188,33 @@ def _profile(result: Result) -> str:
         "ahead of it has ended counts its wait, so native mode's add up to more than a step.\n\n"
         + table(("", "stock", "native"), rows)
     )
+
+
+def batch_invariance() -> str:
+    """Log-probabilities that depend on the batch, and what keeping them from it costs."""
+    parts = []
+    for result in results("batch_invariance"):
+        found = frame(result)
+        counted, timed = (found[found[name].notna()] for name in ("logprobs", "ms_per_token"))
+        header = (
+            "side",
+            "ways to batch",
+            "tokens compared",
+            "log-probabilities",
+            "of these differ",
+        )
+        rows = [
+            (impl, len(one), *(f"{one[name].sum():,.0f}" for name in COUNTED))
+            for impl, one in counted.groupby("impl", sort=False)
+        ]
+        times = timed.set_index(["at_once", "impl"])["ms_per_token"].unstack("impl")
+        times = times[list(dict.fromkeys(timed["impl"]))]
+        sides = [f"{side}, ms a token" for side in times]
+        lines = [(size, *(f"{ms:.2f}" for ms in row)) for size, row in times.iterrows()]
+        parts += [
+            f"{result.rows[0].case['model']}. {provenance(result)}",
+            table(header, rows),
+            table(("requests at once", *sides), lines),
+            folded(OPEN, not_defaults(result)),
+        ]
+    return "\n\n".join(parts) or "Not measured yet."

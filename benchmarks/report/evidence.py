@@ -141,3 +141,21 @@ def fuzz() -> str:
         f"{found['executions']:,} executions, {found['findings']} findings in "
         f"{found['seconds']:.0f} s of 16 processes ({versions})."
     )
+
+
+def rl_sync() -> str:
+    """What `make rl-sync` found after each update."""
+    if not (DATA / "rl_sync.json").exists():
+        return "Not run with the real model yet."
+    rows = []
+    for run in _read("rl_sync"):
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        for one in run["updates"]:
+            norms = f"{one['norms'] + one['states']} of {one['compared']:,}"
+            gaps = (f"{one[name]:.2e}" for name in ("sampled", "whole", "blocks"))
+            rows.append((f"{run['mode']}, {versions}", one["update"], one["form"], norms, *gaps))
+    header = (
+        *("rollout", "update", "pushed", "values of norms that differ"),
+        *("gap as sampled", "gap in one pass", "gap with the rollout's blocks"),
+    )
+    return table(header, rows)

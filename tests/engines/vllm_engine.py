@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,27 +32,28 @@ def engine(folder: Path, mode: str | None = None, **options: Any) -> Iterator[An
     os.environ.pop("GEMMA_FOLD", None)
     if mode is not None:
         os.environ["GEMMA_FOLD"] = mode
-    in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
     settings = {
         "enforce_eager": True,
         "max_model_len": 128,
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 1 << 25,
         "skip_tokenizer_init": not (folder / "tokenizer_config.json").exists(),
-        **({"distributed_executor_backend": "uni"} if in_process else {}),
+        "distributed_executor_backend": "mp" if "tensor_parallel_size" in options else "uni",
         **options,
     }
     llm = LLM(str(folder), **settings)
     try:
         yield llm
     finally:
+        llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
-        if in_process:
-            cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()
 
 
-def outputs(llm: Any, adapter: Path | None = None) -> Outputs:
+def outputs(
+    llm: Any, adapter: Path | None = None, prompts: Sequence[Sequence[int]] = PROMPTS
+) -> Outputs:
     """48 greedy tokens after each prompt, with the top 5 log-probabilities of all positions.
 
     One more prompt has a picture, if the model sees pictures.
@@ -67,7 +68,7 @@ def outputs(llm: Any, adapter: Path | None = None) -> Outputs:
         logprobs=5,
         prompt_logprobs=5,
     )
-    prompts: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
+    asked: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     lora = None
     if adapter is not None:
         from vllm.lora.request import LoRARequest
@@ -75,14 +76,14 @@ def outputs(llm: Any, adapter: Path | None = None) -> Outputs:
         lora = LoRARequest("adapter", 1, str(adapter))
     picture = PICTURES.get(llm.llm_engine.vllm_config.model_config.hf_config.model_type)
     if picture:
-        prompts.append({"prompt_token_ids": list(picture), "multi_modal_data": _picture()})
+        asked.append({"prompt_token_ids": list(picture), "multi_modal_data": _picture()})
     return [
         {
             "tokens": list(request.outputs[0].token_ids),
             "logprobs": [_plain(top) for top in request.outputs[0].logprobs],
             "prompt": [_plain(top) for top in request.prompt_logprobs if top],
         }
-        for request in llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
+        for request in llm.generate(asked, params, use_tqdm=False, lora_request=lora)
     ]
 
 

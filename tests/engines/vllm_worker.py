@@ -1,8 +1,8 @@
-"""Runs real vLLM engines for test_vllm.py: `python vllm_worker.py JOB RESULT ARGUMENTS...`.
+"""Runs real vLLM engines for test_vllm.py: a line `[job, argument, ...]` of JSON in, a line out.
 
-Starting vLLM takes most of a minute, so a job runs many models in one process, where it can: with
-`VLLM_ENABLE_V1_MULTIPROCESSING=0` an engine starts in seconds. What a job found is written to
-RESULT as JSON; the test judges it.
+Starting vLLM takes most of a minute, so jobs run many models in one process, where they can: with
+`VLLM_ENABLE_V1_MULTIPROCESSING=0` an engine starts in seconds. A line that comes out holds what a
+job found, which the test judges, or why it failed.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from row_probe import RowProbe
 from safetensors import safe_open
-from vllm_engine import Outputs, compare, engine, outputs, run
+from vllm_engine import PROMPTS, Outputs, compare, engine, outputs, run
 from vllm_probes import draft_norms, first_norm, native_norms, norm_weights, reducing_norms
 
 
@@ -235,6 +238,73 @@ def adapters(root: Path, adapter: Path, with_norms: Path) -> dict[str, Any]:
     }
 
 
+def invariance(root: Path) -> dict[str, Any]:
+    """Native mode: the same prompts in batches of every kind, and which modules tell them apart."""
+    os.environ["GEMMA_FOLD_QK"] = "separate"  # the norms of q and k as modules, for the probe
+    probes: list[RowProbe] = []
+
+    def asked(**options: Any) -> dict[str, Outputs]:  # one engine must be gone before the next
+        with engine(root / "gemma3_text-folded", "native", **options) as llm:
+            llm.apply_model(lambda model: probes.append(RowProbe(model)))
+            return {
+                "alone": [outputs(llm, prompts=[prompt])[0] for prompt in PROMPTS],
+                "together": outputs(llm),
+                "in another order": outputs(llm, prompts=PROMPTS[::-1])[::-1],
+            }
+
+    found = asked(enable_prefix_caching=False)
+    chunked = asked(max_num_batched_tokens=8, enable_prefix_caching=True, block_size=16)
+    alone = found.pop("alone")
+    found |= {f"{how}, chunked and cached": said for how, said in chunked.items()}
+    return {
+        "said": {how: compare(alone, said) for how, said in found.items()},
+        "rows": [probe.found() for probe in probes],
+    }
+
+
+def updates(root: Path, folder: Path) -> dict[str, Any]:
+    """A hundred steps of `examples/rl_sync` on a tiny model, and the weights that each left."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "rl_sync"))
+    from rollout import MODES
+    from serve_vllm import OPTIONS, Rollout
+    from trainer import Trainer
+
+    os.environ |= MODES["native"]
+    folded = root / "gemma3_untied-folded"
+    trainer = Trainer(folded)
+    with engine(folded, "native", **OPTIONS) as llm:
+        rollout = Rollout(llm, folder)
+        found = [_update(step, llm, rollout, trainer, folder) for step in range(100)]
+    trainer.model.save_pretrained(folder / "saved")
+    del llm, rollout  # an engine must be gone before the next one starts
+    with engine(folder / "saved", "native", **OPTIONS) as llm:
+        fresh = Rollout(llm, folder).score(found[-1]["ids"])
+    return {"updates": found, "fresh": fresh == found[-1]["said"]}
+
+
+def _update(step: int, llm: Any, rollout: Any, trainer: Any, folder: Path) -> dict[str, Any]:
+    import recorder
+
+    prompt = [5, 17, 99, 23]
+    before = llm.apply_model(norm_weights)[0]
+    (answers,) = rollout.sample([prompt], 2, 6, step)
+    trainer.step([prompt], [answers])
+    torch.save(trainer.tensors("raw" if step % 2 else "folded"), folder / "pushed.bin")
+    rollout.update(str(folder / "pushed.bin"))
+    ids = [*prompt, *(token for token, _ in answers[0])]
+    said = rollout.score(ids)
+    explained = trainer.explain(ids, said, recorder.recorded(folder))
+    held, wanted = llm.apply_model(norm_weights)[0], dict(trainer.model.named_parameters())
+    return {
+        **asdict(explained),
+        "ids": ids,
+        "said": said,
+        "held": len(held),
+        "moved": sum(not torch.equal(held[name], before[name]) for name in held),
+        "different": [name for name in held if not torch.equal(held[name], wanted[name])],
+    }
+
+
 def wide_norms(original: Path, folded: Path) -> dict[str, Any]:
     """Norms stored in fp32 and served in bf16: weights of both, at the start and reloaded."""
 
@@ -257,6 +327,8 @@ def wide_norms(original: Path, folded: Path) -> dict[str, Any]:
 
 
 JOBS = (
+    updates,
+    invariance,
     wide_norms,
     drafts,
     adapters,
@@ -271,9 +343,25 @@ JOBS = (
 
 
 def main() -> None:
-    job, result, *arguments = sys.argv[1:]
-    found = {j.__name__: j for j in JOBS}[job](*map(_argument, arguments))
-    Path(result).write_text(json.dumps(found))
+    """Serve stdin until it ends. What vLLM prints goes to stderr."""
+    from vllm.model_executor.models import registry
+
+    # Asking a model's class what it can do must not touch a GPU, so vLLM starts itself anew for it.
+    registry._run_in_subprocess = lambda ask: ask()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(_done(*json.loads(line))), file=answers, flush=True)
+
+
+def _done(job: str, *arguments: str) -> dict[str, Any]:
+    try:
+        return {"found": {j.__name__: j for j in JOBS}[job](*map(_argument, arguments))}
+    except Exception:
+        return {"failed": traceback.format_exc()}
+    finally:
+        for name in [name for name in os.environ if name.startswith("GEMMA_FOLD")]:
+            del os.environ[name]
 
 
 def _argument(text: str) -> Any:

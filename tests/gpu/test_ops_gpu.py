@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
+from batch_checks import check_rows_alone
 from norm_checks import check_in_place, exact_norm, gamma, rows, ulps
 from torch import Tensor
 
@@ -60,6 +61,12 @@ def test_a_zero_centred_weight_gives_the_bits_of_its_gamma(
     x, weight = rows((tokens, hidden), dtype, 1, "cuda"), gamma(hidden, 3, "cuda").to(stored)
     want = ops.rms_norm(x, 1.0 + weight.float(), EPS)
     assert torch.equal(ops.rms_norm_zero_centered(x, weight, EPS), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", (512, 640, 1152, 2560, 3840, 5376, 8192))
+def test_a_row_has_the_same_bits_in_every_batch(hidden: int, dtype: torch.dtype) -> None:
+    check_rows_alone(hidden, dtype, "cuda", 2051, (1, 2, 8, 17, 64, 129, 512, 513, 1025))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

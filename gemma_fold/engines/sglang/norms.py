@@ -23,6 +23,8 @@ from gemma_fold.ops import checks
 Opt = Tensor | None
 
 _OFFSET = 1.0
+#: Attribute of a raw w that comes from a gamma: that gamma, whose last bits w may not hold.
+GAMMA = "gemma_fold_gamma"
 #: SGLang's classes that multiply by 1 + weight and that gemma-fold has kernels for.
 ZERO_CENTRED = (GemmaRMSNorm, Gemma3RMSNorm)
 
@@ -59,7 +61,8 @@ class GainedNorm(nn.Module):
             gamma = loaded.view(-1)
             weight = unfold(gamma, _OFFSET, torch.float32)
         else:
-            gamma, weight = fold(loaded, _OFFSET), loaded
+            exact: Tensor | None = getattr(loaded, GAMMA, None)
+            gamma, weight = fold(loaded, _OFFSET) if exact is None else exact, loaded
         parameter.data.copy_(weight)
         self.gamma32.copy_(gamma)
         self._refresh_rounded()

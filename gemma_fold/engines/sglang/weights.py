@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gemma_fold.engines.checks import folded_block, lock_problem, lost_gammas
 from gemma_fold.engines.mode import Mode, requested_mode
 from gemma_fold.engines.sglang.norms import (
+    GAMMA,
     GainedNorm,
     NativeNorm,
     adopt,
@@ -60,7 +61,9 @@ class FoldedWeights:
             folded = self.tensors.get(name)
             if folded is not None and tensor.dim() == 2 and tensor.dtype == torch.float32:
                 self.seen.add(name)
-                yield name, original_weight(tensor.view(-1), folded)
+                weight = original_weight(tensor.view(-1), folded)
+                setattr(weight, GAMMA, tensor.view(-1))
+                yield name, weight
             else:
                 yield name, tensor
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma_fold import ops
+from gemma_fold.engines.mode import requested
 from gemma_fold.engines.weights import fold as fold_weight
 from gemma_fold.engines.weights import original_weight, unfold
 from gemma_fold.errors import UnsupportedModelError
@@ -34,6 +35,11 @@ from gemma_fold.rules import Fold
 #: Names a zero-centred norm gives its gain.
 _GAIN_NAMES = ("weight", "gamma")
 _EPSILON_NAMES = ("eps", "variance_epsilon")
+VARIABLE = "GEMMA_FOLD_COMPILED"
+VALUES = ("inline", "operators")
+#: Whether a compiler gets norms as operators, with the bits of eager mode. Read once: an attribute
+#: of each norm would be a guard each.
+AS_OPERATORS = requested(VARIABLE, VALUES) == "operators"
 
 
 class Watched(nn.Module):
@@ -227,7 +233,7 @@ class FoldedNorm(Watched):
         return self._rms_norm(x, gamma)
 
     def _rms_norm(self, x: Tensor, gamma: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not AS_OPERATORS:
             # A compiler fuses what it can see with its neighbours, rotary embedding for one.
             return reference(x, gamma, self.epsilon)
         if not checks.supports(x):

@@ -72,12 +72,16 @@ def unfold_model(model: Model) -> Model:
         The same object.
 
     Raises:
-        UnsupportedModelError: the model is not folded, or is offloaded.
+        UnsupportedModelError: the model is not folded, or is offloaded or sharded.
     """
     norms = [module for module in model.modules() if isinstance(module, FoldedNorm)]
     if not norms:
         raise UnsupportedModelError(f"{type(model).__name__} is not folded; there is nothing to do")
     refuse_parametrized(norms)
+    if any(hasattr(norm.gain, "device_mesh") for norm in norms):
+        raise UnsupportedModelError(
+            "the model is sharded; load its full state dict into a folded model, and unfold that"
+        )
     if any("forward" in norm.__dict__ or norm.gain.is_meta for norm in norms):
         raise UnsupportedModelError(
             "the model is offloaded, so its norms are not all in memory; load it without device_map"

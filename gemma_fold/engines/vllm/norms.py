@@ -11,7 +11,8 @@ The norms of q and k have four modes:
 
 * fused: one launch norms every q and k head in place, right after their projection. The best if
   each kernel is launched by itself.
-* inline: an expression, which a compiler fuses with the rotary embedding that follows.
+* inline: an expression, which a compiler fuses with the rotary embedding that follows, and whose
+  sum it orders as it likes: not for `VLLM_BATCH_INVARIANT`.
 * separate: one operator for q and one for k, if an adapter may replace the projection.
 * cached: with the rotary embedding and the write of the KV cache, as `cached.py` says. The default
   where the layer allows it; where it does not, the log says why.
@@ -23,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from vllm import envs
 from vllm.config import CompilationMode
 from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
@@ -138,7 +140,8 @@ def wanted_qk_mode() -> QkMode | None:
 
 
 def _uncached_qk_mode(vllm_config: Any) -> QkMode:
-    if vllm_config.compilation_config.mode != CompilationMode.NONE:
+    compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
+    if compiled and not envs.VLLM_BATCH_INVARIANT:
         return "inline"
     return "separate" if vllm_config.lora_config is not None else "fused"
 
