@@ -125,6 +125,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str]], None]] = {
     "gemma-fold": ours,
     ".venv/bin/gemma-fold": ours,
     ".venv/bin/pytest": pytest_,
+    "kernel-builder": theirs,
     "make": make,
     "pip": pip,
     "python": python,
