@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The pins are of Python 3.11 and later; `make test-fast LOCK=` takes what there is today instead.
 LOCK ?= -c constraints.txt
 
-.PHONY: help venv demo test test-library test-fast engines rl-sync check docs site site-serve lock package survey canary clean
+.PHONY: help venv demo test test-library test-fast engines rl-sync check docs site site-serve lock package kernels survey canary clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
@@ -58,7 +58,7 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 	touch $@
 
 engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m ## the tests that need vLLM or SGLang, each in its environment
-	both="-m engine --durations=8 tests/engines/test_attach_handed.py tests/rules/test_survey.py"; \
+	both="-m engine --durations=20 tests/engines/test_attach_handed.py tests/rules/test_survey.py"; \
 	$(VLLM)/bin/pytest $$both tests/engines/test_vllm*.py; vllm=$$?; \
 	$(SGLANG)/bin/pytest $$both tests/engines/test_sglang*.py; sglang=$$?; \
 	exit $$((vllm || sglang))
@@ -97,7 +97,7 @@ test: venv .cache/gemma-3-270m ## every test that this machine can run: test-lib
 test-library: venv $(OLDEST)/.complete .cache/gemma-3-270m .cache/gemma-3-270m-sharded ## every test but the engines', with the oldest transformers and the pinned one
 	$(OLDEST)/bin/pytest -m "not engine" tests/engines/test_transformers*.py \
 		tests/engines/test_serve.py tests/engines/test_unaware_loaders.py
-	$(BIN)/pytest -m "not engine"
+	$(BIN)/pytest -m "not engine" --durations=20
 
 HALF := tests/checkpoint tests/compare tests/engines tests/ops
 
@@ -136,6 +136,10 @@ lock: ## write every constraints*.txt anew, from what is released today
 package: ## build wheel and sdist into dist, and try each in a new environment
 	rm -rf dist
 	$(PYTHON) tools/package.py --out dist
+
+kernels: ## build the norm kernels for the library `kernels` into build/kernels
+	rm -rf build/kernels
+	$(PYTHON) tools/kernel_package.py --out build/kernels
 
 survey: venv ## run every norm of the installed transformers, and print what the rules lack
 	$(BIN)/python tools/survey.py transformers

@@ -46,7 +46,7 @@ COMMENT = re.compile(r"\s+#\s.*$")
 #: Lines that nothing here can run, and what does run them.
 ELSEWHERE = {
     r".*python examples/task_accuracy/": "tests/test_task_accuracy.py",
-    r"make (demo|docs|test)": "Makefile",
+    r"make (demo|docs|kernels|test)": "Makefile",
     r"pip install ": "tools/package.py",
     r"\.venv/bin/pytest ": "Makefile",
     r"(GEMMA_FOLD=\w+ )?vllm serve ": "tests/engines/test_vllm.py",
@@ -58,7 +58,11 @@ ELSEWHERE = {
     r"gemma-fold diff .*--html": "tests/compare/test_diff.py",
     r"gemma-fold diff .*http:": "tests/compare/test_diff_evidence.py",
     r"hf (extensions|gemma-fold) ": "tests/test_hf_extension.py",
+    # Nobody runs an upload; this makes what is uploaded.
+    r"(kernel-builder|hf repos|hf upload) ": "tools/kernel_package.py",
 }
+#: Documents whose Python needs a GPU, and what runs it.
+PYTHON_ELSEWHERE = {"kernels_hub.md": "tests/test_kernels_library.py"}
 #: What the Python of a document takes for granted.
 PRELUDES = {
     "all_reduce.md": """
@@ -110,7 +114,7 @@ def python_blocks() -> Iterator[Line]:
             for language, body in FENCE.findall(path.read_text())
             if language == "python" and not PIECE.match(body)
         ]
-        if bodies:
+        if bodies and path.name not in PYTHON_ELSEWHERE:
             yield Line(path.name, "\n".join(bodies))
 
 
@@ -140,6 +144,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for link, target in {
         "FILE": gguf,
+        "a-checkpoint-of-it": original,
         "ORIGINAL": original,
         "folded": folded,
         "gemma-3-27b-it": original,
@@ -208,6 +213,11 @@ def finish(command: list[str], line: Line, place: Path, environment: dict[str, s
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_python_that_runs_elsewhere() -> None:
+    for by in PYTHON_ELSEWHERE.values():
+        assert (ROOT / by).is_file()
 
 
 def test_pieces_of_files_are_in_them() -> None:

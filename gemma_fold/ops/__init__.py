@@ -1,9 +1,10 @@
 """RMSNorm operators for folded (fp32) gamma, fused the way Gemma's layers use them.
 
 Activations are bf16, fp16 or fp32, ``[..., H]`` with ``H`` up to 16,384; gammas are fp32 ``[H]``,
-already folded (``gamma = 1 + w``). Every norm is ``(x32 * rsqrt(mean(x32^2) + eps) * gamma)``
-rounded once, and fused operators round where the unfused sequence rounds. CUDA tensors run Triton
-kernels, CPU tensors plain torch. All are torch.library operators (``torch.ops.gemma_fold.*``):
+already folded (``gamma = 1 + w``). Only ``rms_norm_zero_centered`` takes ``w``, of models that are
+not. Every norm is ``(x32 * rsqrt(mean(x32^2) + eps) * gamma)`` rounded once, and fused operators
+round where the unfused sequence rounds. CUDA tensors run Triton kernels, CPU tensors plain torch.
+All are torch.library operators (``torch.ops.gemma_fold.*``):
 they trace under torch.compile without graph breaks and run in CUDA graphs. Under function
 transforms (``torch.func``) and forward-mode differentiation they run as plain torch everywhere;
 those with float8 output or an all-reduce have no derivative there either.
@@ -36,6 +37,7 @@ from gemma_fold.ops.operators.rms_norm_add_rms_norm import (
     rms_norm_add_rms_norm_,
     rms_norm_add_rms_norm_fp8,
 )
+from gemma_fold.ops.operators.rms_norm_zero_centered import rms_norm_zero_centered
 
 __all__ = [
     "AllReduceWorkspace",
@@ -57,4 +59,5 @@ __all__ = [
     "rms_norm_add_rms_norm_",
     "rms_norm_add_rms_norm_fp8",
     "rms_norm_fp8",
+    "rms_norm_zero_centered",
 ]

@@ -44,14 +44,22 @@ def check_gamma(gamma: Tensor, x: Tensor, name: str) -> None:
     """``gamma`` must be what a folded checkpoint holds: fp32, contiguous, [H], beside ``x``."""
     if gamma.dtype != torch.float32:
         raise TypeError(f"{name} must be float32 (gamma = 1 + w, folded), not {gamma.dtype}")
-    if gamma.dim() != 1 or gamma.shape[0] != x.shape[-1]:
-        raise ValueError(
-            f"{name} must have shape [{x.shape[-1]}], not {list(gamma.shape)}; "
-            "a gamma stored as [H, 1] is passed as gamma.view(-1)"
-        )
-    if gamma.device != x.device:
-        raise ValueError(f"{name} is on {gamma.device} but the activations are on {x.device}")
-    if not gamma.is_contiguous():
+    _check_gain(gamma, x, name, "a gamma stored as [H, 1] is passed as gamma.view(-1)")
+
+
+def check_weight(weight: Tensor, x: Tensor) -> None:
+    """``weight`` must be a zero-centred one: of floats, contiguous, [H], beside ``x``."""
+    if weight.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"weight must be bfloat16, float16 or float32, not {weight.dtype}")
+    _check_gain(weight, x, "weight", "[H, 1] is a folded gamma, for rms_norm")
+
+
+def _check_gain(gain: Tensor, x: Tensor, name: str, hint: str) -> None:
+    if gain.dim() != 1 or gain.shape[0] != x.shape[-1]:
+        raise ValueError(f"{name} must have shape [{x.shape[-1]}], not {list(gain.shape)}; {hint}")
+    if gain.device != x.device:
+        raise ValueError(f"{name} is on {gain.device} but the activations are on {x.device}")
+    if not gain.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
 
 

@@ -222,13 +222,15 @@ def plan_rows(
     late: bool = False,
     late_gamma: bool = False,
     fence: bool = True,
+    zero_centered: bool = False,
 ) -> Plan:
     """The plan of a kernel over rows; one without a residual takes heads of a wider tensor, too.
 
     fp8: "static" or "per_token" for e4m3 output. crowded: short rows in one program where they fill
     the GPU several times over. pair: a program takes two rows elsewhere. late: the next kernel
     starts late, also where others let it start early. late_gamma: gamma is loaded when it is
-    needed, not with the rows. fence: all loads are issued before any arithmetic.
+    needed, not with the rows. fence: all loads are issued before any arithmetic. zero_centered:
+    gamma is given as gamma - 1, in any dtype of activations.
     """
     rows, row_bytes = row_size(x)
     warps = warps_per_row(row_bytes)
@@ -241,7 +243,7 @@ def plan_rows(
     if residual is None:
         stride, heads, head_stride = row_strides(x, "x")
         unit, (*taken, head_step) = steps(x, (stride, head_stride))
-        of_heads = {"HEADS": heads, "HEAD_STEP": head_step}
+        of_heads = {"HEADS": heads, "HEAD_STEP": head_step, "ZERO_CENTERED": zero_centered}
     else:
         strides = row_stride(x, "x"), row_stride(residual, "residual")
         unit, (*taken,) = steps(x, strides)

@@ -57,6 +57,7 @@ class Bench:
         self._runner = runner
         self._flags = flags
         self._output = os.memfd_create("output")
+        self._begins: dict[str, int] = {}  # scene -> the call that leaves its work folder behind
         gc.freeze()
 
     def run(
@@ -80,9 +81,11 @@ class Bench:
         if scene.begun is None:
             return
         arguments, choose = scene.begun
-        self.run(arguments, flags=scene.flags)
-        number = choose(self._control.calls())
-        self.yard.clean(old=scene.old)
+        if scene.name not in self._begins:
+            self.run(arguments, flags=scene.flags)
+            self._begins[scene.name] = choose(self._control.calls())
+            self.yard.clean(old=scene.old)
+        number = self._begins[scene.name]
         killed = self.run(arguments, at=number, fault=Fault("kill", KILL), flags=scene.flags)
         assert killed.code == -signal.SIGKILL, (scene.name, killed)
         assert (self.yard.folder / WORK).is_dir(), f"{scene.name}: no work folder was left"

@@ -65,7 +65,17 @@ def side_by_side(*jobs: Callable[[], Any], cores_each: int = 1) -> list[Any]:
 def test_a_server_says_what_it_says_for_the_original(
     family: str, mode: str, ranks: int, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    """Before and after the server is told to load other weights from disk."""
+    """Before and after the server is told to load other weights from disk.
+
+    That of the original refuses those of a folded checkpoint, and serves on.
+    """
+
+    def refuses(server: Server) -> None:
+        folded = str(checkpoints.folded(family, 1))
+        with pytest.raises(HTTPError) as refused:
+            server.post("/update_weights_from_disk", model_path=folded)
+        assert refused.value.code == 400
+        assert b"is a folded checkpoint" in refused.value.read()
 
     def says(kind: Callable[[str, int], Path], log: str, **environment: str) -> tuple[Any, Any]:
         options = (*OPTIONS, f"--tp-size={ranks}")
@@ -73,6 +83,10 @@ def test_a_server_says_what_it_says_for_the_original(
         with started(kind(family, 0), tmp_path / log, *options, **environment) as server:
             before = server.outputs()
             server.settle()
+            if kind == checkpoints.original and ranks == 1:
+                refuses(server)
+                assert server.outputs() == before
+                server.settle()
             answer = server.post("/update_weights_from_disk", model_path=str(kind(family, 1)))
             assert answer["success"], answer
             return before, server.outputs()
@@ -85,20 +99,6 @@ def test_a_server_says_what_it_says_for_the_original(
     )
     assert folded == original
     assert original[0] != original[1]
-
-
-def test_a_server_of_the_original_refuses_a_folded_checkpoint_and_serves_on(
-    checkpoints: Checkpoints, tmp_path: Path
-) -> None:
-    folder, folded = checkpoints.original("gemma2", 0), checkpoints.folded("gemma2", 1)
-    with started(folder, tmp_path / "log", *OPTIONS) as server:
-        before = server.outputs()
-        server.settle()
-        with pytest.raises(HTTPError) as refused:
-            server.post("/update_weights_from_disk", model_path=str(folded))
-        assert refused.value.code == 400
-        assert b"is a folded checkpoint" in refused.value.read()
-        assert server.outputs() == before
 
 
 def test_the_real_270m_served_by_gemma_fold_says_what_the_original_says(

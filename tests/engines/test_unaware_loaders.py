@@ -6,10 +6,11 @@ lock whatever does not, and whatever is fed a config from elsewhere.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 
 import patience
 import pytest
@@ -73,56 +74,96 @@ LOADERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("original")
-    return tiny.save("gemma3_text", folder / "model", torch.bfloat16)
+#: Runs each [program, checkpoint, original] in a process forked once transformers is imported.
+DRIVER = """
+import json, os, sys, tempfile, traceback
+import transformers
+transformers.AutoModelForCausalLM, transformers.Gemma3ForCausalLM
+
+def run(program, checkpoint, original):
+    with tempfile.TemporaryFile("w+") as output:
+        sys.stdout.flush()
+        process = os.fork()
+        if not process:
+            code = 1
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            try:
+                exec(program, {"checkpoint": checkpoint, "original": original})
+                assert "gemma_fold" not in sys.modules
+                print("LOADED")
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        output.seek(0)
+        return [code, output.read()]
+
+print(json.dumps([run(*one) for one in json.load(sys.stdin)]))
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended, and what it printed."""
+
+    code: int
+    said: str
+
+    def is_loaded(self) -> bool:
+        assert (self.code == 0) == ("LOADED" in self.said), self.said[-2000:]
+        return self.code == 0
 
 
 @pytest.fixture(scope="module")
-def folded(original: Path) -> Path:
-    convert(original, original.parent / "folded")
-    return original.parent / "folded"
-
-
-def run(program: str, checkpoint: Path, original: Path) -> subprocess.CompletedProcess[str]:
-    head = "import sys\ncheckpoint, original = sys.argv[1:]\n"
-    tail = "\nassert 'gemma_fold' not in sys.modules\nprint('LOADED')\n"
-    return subprocess.run(
-        [sys.executable, "-c", head + program + tail, str(checkpoint), str(original)],
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """What became of each loader with a folded checkpoint, and of some with others."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    original = tiny.save("gemma3_text", folder / "original", torch.bfloat16)
+    folded, edited, unlocked = folder / "folded", folder / "edited", folder / "unlocked"
+    convert(original, folded)
+    shutil.copytree(folded, edited)
+    shutil.copy(original / "config.json", edited / "config.json")
+    convert(original, unlocked, tensor_lock=False)
+    programs = {name: program for name, (program, _) in LOADERS.items()}
+    jobs = {name: (program, folded) for name, program in programs.items()}
+    jobs["all, the original"] = "\n".join(programs.values()), original
+    for name in ("transformers Auto class", "transformers concrete class"):
+        jobs[f"{name}, edited"] = programs[name], edited
+    jobs["unlocked"] = programs["transformers Auto class"], unlocked
+    asked = [[program, str(checkpoint), str(original)] for program, checkpoint in jobs.values()]
+    driver = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(asked),
         capture_output=True,
         text=True,
         timeout=patience.seconds(300),
     )
+    assert driver.returncode == 0, driver.stderr[-2000:]
+    return {name: Ended(*one) for name, one in zip(jobs, json.loads(driver.stdout), strict=True)}
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_it_stops_on_a_folded_checkpoint(loader: str, original: Path, folded: Path) -> None:
-    program, words = LOADERS[loader]
-    result = run(program, folded, original)
-    assert result.returncode != 0
-    assert "LOADED" not in result.stdout
-    assert words in result.stderr, result.stderr[-2000:]
+def test_it_stops_on_a_folded_checkpoint(loader: str, ended: dict[str, Ended]) -> None:
+    _, words = LOADERS[loader]
+    assert not ended[loader].is_loaded()
+    assert words in ended[loader].said, ended[loader].said[-2000:]
 
 
-def test_they_load_the_original(original: Path) -> None:
+def test_they_load_the_original(ended: dict[str, Ended]) -> None:
     # Without this, loaders that always stop would prove nothing about the locks.
-    result = run("\n".join(program for program, _ in LOADERS.values()), original, original)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "LOADED" in result.stdout
+    assert ended["all, the original"].is_loaded()
 
 
-def test_the_tensor_lock_holds_alone(original: Path, folded: Path, tmp_path: Path) -> None:
-    edited = shutil.copytree(folded, tmp_path / "edited")
-    shutil.copy(original / "config.json", edited / "config.json")
-    for loader in ("transformers Auto class", "transformers concrete class"):
-        result = run(LOADERS[loader][0], edited, original)
-        assert result.returncode != 0
-        assert "LOADED" not in result.stdout
+@pytest.mark.parametrize("loader", ["transformers Auto class", "transformers concrete class"])
+def test_the_tensor_lock_holds_alone(loader: str, ended: dict[str, Ended]) -> None:
+    assert not ended[f"{loader}, edited"].is_loaded()
 
 
-def test_the_config_lock_holds_alone(original: Path, tmp_path: Path) -> None:
-    convert(original, tmp_path / "unlocked", tensor_lock=False)
-    result = run(LOADERS["transformers Auto class"][0], tmp_path / "unlocked", original)
-    assert result.returncode != 0
-    assert "model type `gemma_fold`" in result.stderr
+def test_the_config_lock_holds_alone(ended: dict[str, Ended]) -> None:
+    assert not ended["unlocked"].is_loaded()
+    assert "model type `gemma_fold`" in ended["unlocked"].said

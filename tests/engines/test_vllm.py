@@ -1,7 +1,7 @@
 """Real vLLM on the CPU: a folded checkpoint says what its original says, to the bit.
 
 `make engines` runs this in an environment with vLLM. The work is done by `vllm_worker.py`, in one
-process for many checks, because vLLM takes most of a minute to start.
+process for all jobs that can share one, because vLLM takes most of a minute to start.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -60,24 +61,60 @@ ENVIRONMENT = {
 TOKENS = 4 * 48
 
 
-def work(
-    job: str, folder: Path, *arguments: str | Path, processes: bool = False, **environment: str
-) -> Any:
-    """What a job of the worker found. `processes`: every engine and worker in one of its own."""
-    result, log = folder / f"{job}.json", folder / f"{job}.log"
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GEMMA_FOLD")}
-    env |= {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes)), **environment}
-    with log.open("wb") as output:
-        done = subprocess.run(
-            [sys.executable, str(WORKER), job, str(result), *map(str, arguments)],
-            env=env,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=patience.seconds(900),
-        )
-    if done.returncode:
-        pytest.fail(f"{job} ended with {done.returncode}:\n{log.read_text()[-6000:]}")
-    return {**json.loads(result.read_text()), "log": log.read_text()}
+class Worker:
+    """Jobs of the worker, one after the other in one process. `environment`: what it gets more."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self._log = folder / "worker.log"
+        env = {k: v for k, v in os.environ.items() if not k.startswith("GEMMA_FOLD")}
+        env |= {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(WORKER)],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def work(self, job: str, *arguments: str | Path) -> Any:
+        """What a job found."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps([job, *map(str, arguments)]), file=self._process.stdin, flush=True)
+        ready, _, _ = select.select([self._process.stdout], [], [], patience.seconds(900))
+        line = self._process.stdout.readline() if ready else ""
+        answer = json.loads(line) if line else {"failed": "no answer"}
+        if "failed" in answer:
+            pytest.fail(f"{job}: {answer['failed']}\n{self._log.read_text()[-6000:]}")
+        return answer["found"]
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@contextmanager
+def working(folder: Path, **environment: str) -> Iterator[Worker]:
+    worker = Worker(folder, **environment)
+    try:
+        yield worker
+    finally:
+        worker.end()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What vLLM keeps from one start to the next is of these tests alone, and shared by them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def worker(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with working(tmp_path_factory.mktemp("worker")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
@@ -111,8 +148,8 @@ def assert_close(found: dict[str, Any], difference: float) -> None:
 
 
 @pytest.fixture(scope="session")
-def families(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return work("families", tmp_path_factory.mktemp("families"), models, ",".join(FAMILIES))
+def families(models: Path, worker: Worker) -> Any:
+    return worker.work("families", models, ",".join(FAMILIES))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -140,8 +177,8 @@ def test_native_mode_is_native_where_it_should_be(families: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def reloads(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return work("reloads", tmp_path_factory.mktemp("reloads"), models)
+def reloads(models: Path, worker: Worker) -> Any:
+    return worker.work("reloads", models)
 
 
 @pytest.mark.parametrize("mode", ["stock", "native"])
@@ -224,7 +261,7 @@ def edit_tensor(source: Path, folder: Path, name: str, tensor: torch.Tensor) -> 
 
 
 @pytest.fixture(scope="session")
-def refusals(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def refusals(models: Path, worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("broken")
     gemma, qwen = models / "gemma3_text-folded", models / "qwen3_5_text-folded"
     edit_config(gemma, root / "later_format", format=2)
@@ -236,7 +273,7 @@ def refusals(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     gamma = torch.ones(128, 1)
     edit_tensor(qwen, root / "stray_gamma", plain, gamma)
     shutil.copytree(gemma, root / "gemma3_text-folded")
-    return work("refusals", tmp_path_factory.mktemp("refusals"), root)
+    return worker.work("refusals", root)
 
 
 @pytest.mark.parametrize(
@@ -255,11 +292,9 @@ def test_a_wrong_checkpoint_is_refused_with_what_to_do(
     assert re.search(message, refusals[case]), refusals[case]
 
 
-def test_without_the_plugin_vllm_stops_at_start(
-    models: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("missing")
-    message = work("missing", folder, models, VLLM_PLUGINS="")["message"]
+def test_without_the_plugin_vllm_stops_at_start(models: Path, tmp_path: Path) -> None:
+    with working(tmp_path, VLLM_PLUGINS="") as worker:
+        message = worker.work("missing", models)["message"]
     assert "gemma_fold" in message and "does not recognize" in message
 
 
@@ -267,11 +302,11 @@ def test_without_the_plugin_vllm_stops_at_start(
 
 
 def test_models_of_both_kinds_in_one_process_and_of_transformers_and_quantized(
-    models: Path, tmp_path_factory: pytest.TempPathFactory
+    models: Path, worker: Worker
 ) -> None:
     vllm_models.quantize(models / "gemma3_text", models / "gemma3_int8")
     convert(models / "gemma3_int8", models / "gemma3_int8-folded")
-    found = work("others", tmp_path_factory.mktemp("others"), models)
+    found = worker.work("others", models)
     assert_identical(found["transformers"])
     assert_identical(found["after"])
     assert found["int8_differs"], "int8 must show"
@@ -279,23 +314,23 @@ def test_models_of_both_kinds_in_one_process_and_of_transformers_and_quantized(
     assert_close(found["int8_native"], 0.05)
 
 
-def test_torch_compile(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("compiled")
-    cache = str(folder / "cache")
-    found = work("compiled", folder, models, VLLM_CACHE_ROOT=cache)
+def test_torch_compile(models: Path, tmp_path: Path) -> None:
+    # What was run before in a process can change what the compiler makes of a model.
+    with working(tmp_path, VLLM_CACHE_ROOT=str(tmp_path / "cache")) as worker:
+        found = worker.work("compiled", models)
     assert_identical(found["stock"])
     assert_identical(found["native"])
     assert_close(found["native_runs"], 0.05)
     assert_close(found["fused_qk"], 0.05)
     assert_identical(found["cached_qk"])  # as it would be: the CPU's backend has its own write
     said = re.findall(
-        r"q and k and writes the KV cache: (.*)", (folder / "compiled.log").read_text()
+        r"q and k and writes the KV cache: (.*)", (tmp_path / "worker.log").read_text()
     )
     assert said and all("writes the cache in its own way" in line for line in said)
 
 
-def test_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    found = work("tensor_parallel", tmp_path_factory.mktemp("tp"), models, processes=True)
+def test_two_ranks(models: Path, worker: Worker) -> None:
+    found = worker.work("tensor_parallel", models)
     assert_identical(found["stock"])
     assert_close(found["native_runs"], 0.05)
     assert found["reducing_norms"] == [4, 4]  # two layers, two projections each
@@ -304,12 +339,12 @@ def test_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> No
 # --- drafts and adapters -------------------------------------------------------------------------
 
 
-def test_multi_token_prediction(tmp_path: Path) -> None:
+def test_multi_token_prediction(worker: Worker, tmp_path: Path) -> None:
     original, folded = tmp_path / "original", tmp_path / "folded"
     vllm_models.save("qwen3_5_text", original)
     vllm_models.add_draft(original)
     convert(original, folded)
-    found = work("drafts", tmp_path, original, folded)
+    found = worker.work("drafts", original, folded)
     for mode in ("stock", "native"):
         assert_identical(found[mode])
         assert found[mode]["norms"] == 7  # two of the layer, q, k, and three around it
@@ -318,22 +353,24 @@ def test_multi_token_prediction(tmp_path: Path) -> None:
         assert want == got and want["vllm:spec_decode_num_draft_tokens"] > 0
 
 
-def test_adapters(models: Path, tmp_path: Path) -> None:
+def test_adapters(models: Path, worker: Worker, tmp_path: Path) -> None:
     original = models / "gemma3_text"
     adapter = vllm_models.save_adapter(tmp_path / "adapter", original)
     with_norms = vllm_models.save_adapter(tmp_path / "norms", original, norms=True)
-    found = work("adapters", tmp_path, models, adapter, with_norms)
+    found = worker.work("adapters", models, adapter, with_norms)
     assert not found["acts"]["identical"], "the adapter must show"
     assert_identical(found["stock"])
     assert_close(found["native_runs"], 0.05)
     assert "modules_to_save" in found["with_norms"]
 
 
-def test_fp32_norms_served_in_bf16_are_rounded_once(models: Path, tmp_path: Path) -> None:
+def test_fp32_norms_served_in_bf16_are_rounded_once(
+    models: Path, worker: Worker, tmp_path: Path
+) -> None:
     original = tiny.with_norms_near_0(models / "gemma3_untied", tmp_path / "original")
     folded = tmp_path / "folded"
     convert(original, folded)
-    found = work("wide_norms", tmp_path, original, folded)
+    found = worker.work("wide_norms", original, folded)
     assert found["norms"] == [13] * 4 and found["dtypes"] == ["torch.bfloat16"]
     assert found["differing"] == [0] * 4
     assert_identical(found["outputs"])
@@ -412,6 +449,7 @@ def test_diff_runs_the_original_as_vllm_does(
 ) -> None:
     """Where GEMMA_FOLD asks for native mode, which would fold the original as it loads."""
     monkeypatch.setenv("GEMMA_FOLD", "native")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the test above has processes
     options = ("--engine", "vllm", "--max-kl", "0.01", "--no-noise-floor")
     found = report(tmp_path / "text", real_270m, folded_270m, *options)
     assert 0 < found["outputs"]["stats"]["kl_ab"]["mean"] < 0.01

@@ -32,24 +32,23 @@ def engine(folder: Path, mode: str | None = None, **options: Any) -> Iterator[An
     os.environ.pop("GEMMA_FOLD", None)
     if mode is not None:
         os.environ["GEMMA_FOLD"] = mode
-    in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
     settings = {
         "enforce_eager": True,
         "max_model_len": 128,
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 1 << 25,
         "skip_tokenizer_init": not (folder / "tokenizer_config.json").exists(),
-        **({"distributed_executor_backend": "uni"} if in_process else {}),
+        "distributed_executor_backend": "mp" if "tensor_parallel_size" in options else "uni",
         **options,
     }
     llm = LLM(str(folder), **settings)
     try:
         yield llm
     finally:
+        llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
-        if in_process:
-            cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()
 
 
 def outputs(

@@ -1,8 +1,8 @@
-"""Runs real vLLM engines for test_vllm.py: `python vllm_worker.py JOB RESULT ARGUMENTS...`.
+"""Runs real vLLM engines for test_vllm.py: a line `[job, argument, ...]` of JSON in, a line out.
 
-Starting vLLM takes most of a minute, so a job runs many models in one process, where it can: with
-`VLLM_ENABLE_V1_MULTIPROCESSING=0` an engine starts in seconds. What a job found is written to
-RESULT as JSON; the test judges it.
+Starting vLLM takes most of a minute, so jobs run many models in one process, where they can: with
+`VLLM_ENABLE_V1_MULTIPROCESSING=0` an engine starts in seconds. A line that comes out holds what a
+job found, which the test judges, or why it failed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -342,9 +343,25 @@ JOBS = (
 
 
 def main() -> None:
-    job, result, *arguments = sys.argv[1:]
-    found = {j.__name__: j for j in JOBS}[job](*map(_argument, arguments))
-    Path(result).write_text(json.dumps(found))
+    """Serve stdin until it ends. What vLLM prints goes to stderr."""
+    from vllm.model_executor.models import registry
+
+    # Asking a model's class what it can do must not touch a GPU, so vLLM starts itself anew for it.
+    registry._run_in_subprocess = lambda ask: ask()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(_done(*json.loads(line))), file=answers, flush=True)
+
+
+def _done(job: str, *arguments: str) -> dict[str, Any]:
+    try:
+        return {"found": {j.__name__: j for j in JOBS}[job](*map(_argument, arguments))}
+    except Exception:
+        return {"failed": traceback.format_exc()}
+    finally:
+        for name in [name for name in os.environ if name.startswith("GEMMA_FOLD")]:
+            del os.environ[name]
 
 
 def _argument(text: str) -> Any:

@@ -52,6 +52,18 @@ def test_equals_the_unfused_sequence(tokens: int, hidden: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("tokens", (1, 64, 1030))
+def test_a_zero_centred_weight_gives_the_bits_of_its_gamma(
+    tokens: int, hidden: int, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    x, weight = rows((tokens, hidden), dtype, 1, "cuda"), gamma(hidden, 3, "cuda").to(stored)
+    want = ops.rms_norm(x, 1.0 + weight.float(), EPS)
+    assert torch.equal(ops.rms_norm_zero_centered(x, weight, EPS), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", (512, 640, 1152, 2560, 3840, 5376, 8192))
 def test_a_row_has_the_same_bits_in_every_batch(hidden: int, dtype: torch.dtype) -> None:
     check_rows_alone(hidden, dtype, "cuda", 2051, (1, 2, 8, 17, 64, 129, 512, 513, 1025))

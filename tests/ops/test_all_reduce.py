@@ -16,26 +16,20 @@ from gemma_fold.ops.collectives import exchange, tuning
 from gemma_fold.ops.collectives.exchange import capacity
 from gemma_fold.ops.program import compiled
 
-RANK = Path(__file__).resolve().parents[1] / "support" / "all_reduce_ranks.py"
-
-
+RANKS = Path(__file__).resolve().parents[1] / "support" / "all_reduce_ranks.py"
 SLOW = [pytest.param(world, marks=pytest.mark.slow) for world in (4, 8)]
 
 
 @pytest.mark.parametrize("world", [2, *SLOW])
 def test_ranks_agree_with_the_formula(world: int, tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, RANK, str(rank), str(world), tmp_path / "store"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    outputs = [process.communicate(timeout=patience.seconds(300))[0] for process in ranks]
-    for process, output in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+    ranks = subprocess.run(
+        [sys.executable, RANKS, str(world), tmp_path / "store"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=patience.seconds(300),
+    )
+    assert ranks.returncode == 0, ranks.stdout[-3000:]
 
 
 @pytest.fixture

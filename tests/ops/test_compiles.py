@@ -97,11 +97,14 @@ def test_row_kernels(
         rms_norm.plan(x, None, fp8),
         add_rms_norm.plan(x, x, fp8),
         rms_norm_add_rms_norm.plan(x, x, fp8),
+        rms_norm.plan(x, None, fp8, zero_centered=True),
     ]
     for plan in plans:
         constants = row_constants(plan)
         assert constants["PDL"] in (EARLY.value, LATE.value)
         types = {"y_ptr": "*fp8e4nv"} if fp8 else {}
+        if constants.get("ZERO_CENTERED"):
+            types["gamma_ptr"] = "*bf16"
         if fp8 is None:
             constants["scale_ptr"] = None
         text = ptx(plan.kernel, plan.options["num_warps"], constants, **types)

@@ -69,6 +69,15 @@ def test_rows_that_share_a_program_and_rows_left_over() -> None:
     assert torch.equal(ops.rms_norm(x[1022:], gain, EPS), whole[1022:])
 
 
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("stored", LIMIT)
+def test_one_is_added_to_a_zero_centred_weight(stored: torch.dtype, dtype: torch.dtype) -> None:
+    x, weight = rows((3, 641), dtype, 26, "cpu"), gamma(641, 27, "cpu").to(stored)
+    got = ops.rms_norm_zero_centered(x, weight, EPS)
+    assert torch.equal(got, ops.rms_norm(x, 1.0 + weight.float(), EPS))
+    assert ulps(got, exact_norm(x, 1.0 + weight.double(), EPS), dtype) <= LIMIT[dtype]
+
+
 def test_a_row_has_the_same_bits_in_every_batch() -> None:
     check_rows_alone(64, torch.float32, "cpu", 3, (1,))
 
@@ -149,12 +158,18 @@ def test_qk_in_place_on_a_fused_tensor(heads: tuple[int, int, int]) -> None:
     assert torch.equal(qkv[:, -sizes[2] :], want[:, -sizes[2] :])
 
 
-@pytest.mark.parametrize("dtype", LIMIT)
-@pytest.mark.parametrize("wide_table", (False, True))
-@pytest.mark.parametrize("interleaved", (False, True))
+HEADS = (((4, 1, 128), 128), ((5, 2, 256), 64), ((3, 2, 96), 96), ((2, 1, 80), 20), ((1, 1, 7), 6))
+
+
 @pytest.mark.parametrize(
-    ("heads", "rotary_dim"),
-    (((4, 1, 128), 128), ((5, 2, 256), 64), ((3, 2, 96), 96), ((2, 1, 80), 20), ((1, 1, 7), 6)),
+    ("heads", "rotary_dim", "interleaved", "wide_table", "dtype"),
+    # Heads meet every dtype, and dtypes every way to rotate and to round, but not all at once.
+    [
+        (*heads, interleaved, wide_table, [*LIMIT][(number + interleaved + 2 * wide_table) % 3])
+        for number, heads in enumerate(HEADS)
+        for interleaved in (False, True)
+        for wide_table in (False, True)
+    ],
 )
 def test_rope_in_place_on_a_fused_tensor(
     heads: tuple[int, int, int],

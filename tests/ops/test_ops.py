@@ -72,6 +72,21 @@ def test_gradients_match_float64() -> None:
         torch.testing.assert_close(got.grad.double(), want.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("stored", (torch.bfloat16, torch.float32))
+def test_gradients_of_a_zero_centred_norm_are_those_of_its_formula(stored: torch.dtype) -> None:
+    x, weight = rows((6, 40), torch.float32, 3, "cpu"), gamma(40, 5, "cpu").to(stored)
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = ops.rms_norm_zero_centered(x, weight, EPS)
+    got = torch.autograd.grad(y.square().sum(), (x, weight))
+    want = torch.autograd.grad(
+        exact_norm(x, 1.0 + weight.double(), EPS).square().sum(), (x, weight)
+    )
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-4 if a.dtype == torch.float32 else 1e-2, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_operators_pass_opcheck() -> None:
     x, residual = rows((4, 64), torch.float32, 7, "cpu"), rows((4, 64), torch.float32, 8, "cpu")
@@ -82,6 +97,7 @@ def test_operators_pass_opcheck() -> None:
         table.rms_norm, (x.clone().requires_grad_(), gain.clone().requires_grad_(), EPS)
     )
     torch.library.opcheck(table.rms_norm, (heads.transpose(0, 1), gain, EPS))
+    torch.library.opcheck(table.rms_norm_zero_centered, (x, gain.bfloat16(), EPS))
     turned = heads.transpose(0, 1)
     torch.library.opcheck(table.rms_norm_backward, (turned.clone(), turned, gain, EPS))
     torch.library.opcheck(table.add_rms_norm, (x, residual, gain, EPS))
@@ -102,6 +118,7 @@ def test_operators_pass_opcheck() -> None:
 
 def test_traces_without_graph_breaks_or_recompilation() -> None:
     gain = gamma(64, 11, "cpu")
+    weight = gain.bfloat16()
     graphs = 0
 
     def count(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
@@ -120,6 +137,7 @@ def test_traces_without_graph_breaks_or_recompilation() -> None:
             z,
             again,
             ops.rms_norm(y, gain),
+            ops.rms_norm_zero_centered(y, weight),
             total,
             q,
             k,
@@ -147,6 +165,16 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "bf16 gamma": (lambda: ops.rms_norm(X, GAIN.bfloat16()), TypeError, "gamma must be float32"),
     "gamma [H, 1]": (lambda: ops.rms_norm(X, GAIN[:, None]), ValueError, r"gamma.view\(-1\)"),
     "short gamma": (lambda: ops.rms_norm(X, GAIN[:63]), ValueError, "shape \\[64\\]"),
+    "integer w": (
+        lambda: ops.rms_norm_zero_centered(X, GAIN.int()),
+        TypeError,
+        "weight must be bfloat16, float16 or float32",
+    ),
+    "gamma for w": (
+        lambda: ops.rms_norm_zero_centered(X, GAIN[:, None]),
+        ValueError,
+        r"\[H, 1\] is a folded gamma, for rms_norm",
+    ),
     "strided gamma": (
         lambda: ops.rms_norm(X, torch.ones(128)[::2]),
         ValueError,

@@ -1,11 +1,16 @@
-"""One rank of the CPU tests of the all-reduce: `python all_reduce_ranks.py RANK WORLD STORE`.
+"""The ranks of the CPU tests of the all-reduce: `python all_reduce_ranks.py WORLD STORE`.
 
-Checks everything itself and exits with an error where something is wrong.
+Each is a process of its own, forked once torch is imported. It checks everything itself, and the
+first that finds something wrong ends them all with an error.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import traceback
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -117,8 +122,7 @@ def check_disagreement() -> None:
                 raise AssertionError("ranks that disagree were not noticed")
 
 
-def main() -> None:
-    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def run(rank: int, world: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     space = ops.AllReduceWorkspace(hidden=HIDDEN, max_tokens=4, name="tp")
     assert not space.fused and space.memory == 0
@@ -140,6 +144,36 @@ def main() -> None:
     again = ops.AllReduceWorkspace(hidden=HIDDEN, name="tp")
     again.destroy()
     dist.destroy_process_group()
+
+
+def forked(rank: int, world: int, store: str) -> int:
+    """The process of a rank."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        run(rank, world, store)
+        code = 0
+    except BaseException:
+        print(f"rank {rank}: {traceback.format_exc()}", flush=True)
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    world, store = int(sys.argv[1]), sys.argv[2]
+    # What a compiler imports, no rank has to.
+    torch.compile(torch.neg, backend="aot_eager")(torch.ones(1))
+    left = {forked(rank, world, store): rank for rank in range(world)}
+    while left:
+        process, status = os.wait()
+        rank = left.pop(process)
+        if status:
+            for other in left:
+                with suppress(ProcessLookupError):
+                    os.kill(other, signal.SIGKILL)
+            sys.exit(f"rank {rank} ended with {os.waitstatus_to_exitcode(status)}")
 
 
 if __name__ == "__main__":

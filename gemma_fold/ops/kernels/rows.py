@@ -101,6 +101,15 @@ def load_gamma(
 
 
 @triton.jit
+def plus_one(pieces):
+    """Zero-centred weights as gammas: 1 + w in fp32, in registers."""
+    gammas = ()
+    for i in tl.static_range(len(pieces)):
+        gammas = gammas + (pieces[i].to(tl.float32) + 1.0,)
+    return gammas
+
+
+@triton.jit
 def store(
     ptr, offsets, live, pieces, H: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr, CACHE:
     tl.constexpr,

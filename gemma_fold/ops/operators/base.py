@@ -33,7 +33,9 @@ R = TypeVar("R")
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 Run = Callable[..., Any]
 
-LIBRARY = torch.library.Library("gemma_fold", "FRAGMENT")  # type: ignore[no-untyped-call]
+#: Operators are ``torch.ops.<this>.*``; the package for the Hub has a name of its own here.
+NAMESPACE = "gemma_fold"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 # What was checked and chosen for tensors of these shapes, strides, dtypes and devices. A hit
 # replaces all the checks: host time is what a small norm costs in eager mode.
 _plans: dict[tuple[Any, ...], Plan] = {}
@@ -87,8 +89,8 @@ def register(name: str, arguments: Sequence[str], returns: int, run: Run, fake: 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"gemma_fold::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.gemma_fold, name)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name)
 
 
 def arguments_of(reference: Callable[..., Any]) -> list[str]:
@@ -244,20 +246,21 @@ class Operator(Generic[R]):
 class RowOperator(Operator[R]):
     """An operator on rows, [..., H], of ``x`` and perhaps of ``residual``.
 
-    After these its operands are fp32 gammas, whose names end so; its other arguments are epsilons.
-    It returns the norm and, where there is a residual, the new one. One form gives the norm as
-    e4m3; where there is a residual, one works in place.
+    After these its operands are fp32 gammas, whose names end so, or a zero-centred ``weight``; its
+    other arguments are epsilons. It returns the norm and, where there is a residual, the new one.
+    One form may give the norm as e4m3; where there is a residual, one works in place.
     """
 
-    def __init__(self, *args: Any, in_place: bool = False, **named: Any) -> None:
+    def __init__(self, *args: Any, in_place: bool = False, fp8: bool = True, **named: Any) -> None:
         super().__init__(*args, **named)
         self.adds = "residual" in self.operands
         count = 1 + self.adds
         self.traced = self.register(self.name, self.arguments, count, self.call, self._outputs)
-        arguments = [*self.arguments, "Tensor? scale"]
-        self.traced_fp8 = self.register(
-            self.name_fp8, arguments, count + 1, self._fp8_bare, self._outputs_fp8
-        )
+        if fp8:
+            arguments = [*self.arguments, "Tensor? scale"]
+            self.traced_fp8 = self.register(
+                self.name_fp8, arguments, count + 1, self._fp8_bare, self._outputs_fp8
+            )
         if in_place:
             form = self.name_in_place
             self.register_in_place(f"{form} works in place and has no backward; use {self.name}")
@@ -269,6 +272,8 @@ class RowOperator(Operator[R]):
         for name, gamma in zip(self.operands, tensors, strict=True):
             if name.endswith("gamma"):
                 checks.check_gamma(gamma, x, name)
+            elif name == "weight":
+                checks.check_weight(gamma, x)
         if self.adds:
             checks.check_same(tensors[1], x, "residual")
 

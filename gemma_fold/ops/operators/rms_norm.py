@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from gemma_fold.ops import checks
-from gemma_fold.ops.operators.base import LIBRARY, RowOperator, arguments_of, register
+from gemma_fold.ops.operators.base import (
+    LIBRARY,
+    NAMESPACE,
+    RowOperator,
+    arguments_of,
+    register,
+)
 
 if TYPE_CHECKING:
     from gemma_fold.ops.launch import Plan
@@ -33,8 +39,10 @@ def reference_backward(grad: Tensor, x: Tensor, gamma: Tensor, eps: float) -> tu
     return dx.to(x.dtype), dgamma
 
 
-def plan(x: Tensor, residual: None = None, fp8: str | None = None) -> Plan:
-    """Called with ``(x, gamma, y, scale), (eps,)``."""
+def plan(
+    x: Tensor, residual: None = None, fp8: str | None = None, *, zero_centered: bool = False
+) -> Plan:
+    """Called with ``(x, gamma, y, scale), (eps,)``; zero_centered: with gamma - 1."""
     from gemma_fold.ops import launch
     from gemma_fold.ops.kernels.rms_norm import rms_norm_kernel
 
@@ -46,6 +54,7 @@ def plan(x: Tensor, residual: None = None, fp8: str | None = None) -> Plan:
         fp8,
         crowded=2 if fp8 else 4,
         fence=rows > launch.LONE_ROWS,  # of few rows only x is loaded after the wait
+        zero_centered=zero_centered,
     )
 
 
@@ -133,5 +142,5 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 torch.library.register_autograd(
-    "gemma_fold::rms_norm", _differentiate, setup_context=_save, lib=LIBRARY
+    f"{NAMESPACE}::rms_norm", _differentiate, setup_context=_save, lib=LIBRARY
 )
