@@ -217,9 +217,20 @@ def test_what_bypasses_the_loaders_is_taken_right_or_refused(reloads: Any, mode:
 # --- the same in every batch, and after every update ---------------------------------------------
 
 
-def test_no_norm_of_native_mode_tells_batches_apart(models: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def determinism(
+    own_cache: None, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Of a process of its own: these jobs set variables."""
+    folder = tmp_path_factory.mktemp("determinism")
+    with working(folder) as alone:
+        updates = alone.work("updates", models, folder)
+        return {"updates": updates, "invariance": alone.work("invariance", models)}
+
+
+def test_no_norm_of_native_mode_tells_batches_apart(determinism: dict[str, Any]) -> None:
     """The log-probabilities, too, as far as vLLM's own products on a CPU allow."""
-    found = work("invariance", tmp_path, models)
+    found = determinism["invariance"]
     for rows in found["rows"]:
         again, changed = rows["Norm"]
         assert again > 1000 and changed == 0
@@ -229,8 +240,8 @@ def test_no_norm_of_native_mode_tells_batches_apart(models: Path, tmp_path: Path
         assert_close(said, 0.05)
 
 
-def test_a_hundred_updates_leave_the_norms_of_the_trainer(models: Path, tmp_path: Path) -> None:
-    found = work("updates", tmp_path, models, tmp_path)
+def test_a_hundred_updates_leave_the_norms_of_the_trainer(determinism: dict[str, Any]) -> None:
+    found = determinism["updates"]
     assert len(found["updates"]) == 100
     for one in found["updates"]:
         assert one["different"] == []

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from row_probe import RowProbe
 from safetensors import safe_open
 from vllm_engine import PROMPTS, Outputs, compare, engine, outputs, run
 from vllm_probes import draft_norms, first_norm, native_norms, norm_weights, reducing_norms
@@ -240,6 +239,9 @@ def adapters(root: Path, adapter: Path, with_norms: Path) -> dict[str, Any]:
 
 def invariance(root: Path) -> dict[str, Any]:
     """Native mode: the same prompts in batches of every kind, and which modules tell them apart."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+    from row_probe import RowProbe
+
     os.environ["GEMMA_FOLD_QK"] = "separate"  # the norms of q and k as modules, for the probe
     probes: list[RowProbe] = []
 
