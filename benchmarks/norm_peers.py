@@ -38,21 +38,18 @@ SETTINGS = Settings(
     },
     ours={OURS: "fp32 gamma"},
 )
+_ROWS = {"rms_norm": (2, 2), "add_rms_norm": (4, 4), "rms_norm_add_rms_norm": (4, 4)}
 # Bytes moved per activation element: (read, written).
 BYTES = {
-    "rms_norm": (2, 2),
-    "add_rms_norm": (4, 4),
-    "rms_norm_add_rms_norm": (4, 4),
+    **_ROWS,
     "add_rms_norm_": (4, 4),
     "rms_norm_add_rms_norm_": (4, 4),
     "qk_rms_norm": (2, 2),
     "qk_rms_norm_rope": (2, 2),
-    "rms_norm_fp8_static": (2, 1),
-    "add_rms_norm_fp8_static": (4, 3),
-    "rms_norm_add_rms_norm_fp8_static": (4, 3),
-    "rms_norm_fp8_per_token": (2, 1),
-    "add_rms_norm_fp8_per_token": (4, 3),
-    "rms_norm_add_rms_norm_fp8_per_token": (4, 3),
+} | {
+    f"{name}_fp8_{how}": (read, written - 1)
+    for how in ("static", "per_token")
+    for name, (read, written) in _ROWS.items()
 }
 
 

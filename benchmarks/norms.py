@@ -224,6 +224,24 @@ def worker(prepare: Callable[..., Any], args: argparse.Namespace, ready: Any, tu
         results.put(traceback.format_exc())
 
 
+def in_turn(jobs: list[Any], args: argparse.Namespace) -> tuple[list[Row], bool]:
+    """The rows of every job that did not fail, each in a process of its own; whether one did."""
+    context = mp.get_context("spawn")
+    ready, turn, results = context.Barrier(len(jobs)), context.Lock(), context.Queue()
+    processes = [
+        context.Process(target=worker, args=(job, args, ready, turn, results)) for job in jobs
+    ]
+    for process in processes:
+        process.start()
+    answers = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    failures = [answer for answer in answers if isinstance(answer, str)]
+    print(*failures, sep="\n", end="", file=sys.stderr)
+    rows = [row for answer in answers if not isinstance(answer, str) for row in answer]
+    return sorted(rows, key=lambda row: (*row.case.values(), row.impl)), bool(failures)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", default=list(peers.BYTES))
@@ -242,23 +260,9 @@ def main() -> int:
         jobs += [partial(prepare_rows, hidden, row_ops) for hidden in args.hidden]
     if qk_ops:
         jobs += [partial(prepare_qk, heads, qk_ops) for heads in QK_HEADS]
-    context = mp.get_context("spawn")
-    ready, turn, results = context.Barrier(len(jobs)), context.Lock(), context.Queue()
-    processes = [
-        context.Process(target=worker, args=(job, args, ready, turn, results)) for job in jobs
-    ]
-    for process in processes:
-        process.start()
-    answers = [results.get() for _ in processes]
-    for process in processes:
-        process.join()
-    failures = [answer for answer in answers if isinstance(answer, str)]
-    if failures:
-        print(*failures, sep="\n", file=sys.stderr)
-    if len(failures) == len(answers):
+    rows, failed = in_turn(jobs, args)
+    if not rows:
         return 1
-    rows = [row for answer in answers if not isinstance(answer, str) for row in answer]
-    rows.sort(key=lambda row: (*row.case.values(), row.impl))
     write(
         args,
         "norms",
@@ -269,7 +273,7 @@ def main() -> int:
         rows=rows,
     )
     print(f"{len(rows)} rows in {args.out}")
-    return 1 if failures else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -52,17 +52,18 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """What `impl` did in one case."""
-
-    case: Values
-    impl: str
-    values: Values
-
-
-@dataclass(frozen=True, slots=True)
 class Result:
-    """One run. `measures` says of each value of the rows what it is, and in which unit."""
+    """One run.
+
+    Attributes:
+        what: was measured, in a sentence.
+        versions: of everything that takes part, by name.
+        commit: of this repository, with `-dirty` where files differed from it; or `unknown`.
+        date: of the run, or `unknown`.
+        command: as it was typed.
+        measures: what each value of the rows is, and in which unit.
+        note: what a reader has to know beside it.
+    """
 
     what: str
     machine: Machine
@@ -83,6 +84,15 @@ class Result:
         """
         for problem in _problems(self):
             raise ResultError(problem)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What `impl` did in one case."""
+
+    case: Values
+    impl: str
+    values: Values
 
 
 def _problems(result: Result) -> Iterable[str]:

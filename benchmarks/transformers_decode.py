@@ -45,10 +45,10 @@ VARIANTS = {
     "folded": "gemma_fold.fold_model(model)",
     "unfused": "folded, every norm by itself",
 }
-LOGIT_ROWS, LOGIT_TOKENS = 8, 256
 #: What differs from transformers' defaults: `static` is the mode of that name.
 GENERATE: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 STATIC = {"cache_implementation": "static", "compile_config.mode": "reduce-overhead"}
+LOGIT_ROWS, LOGIT_TOKENS = 8, 256
 MEASURES = {
     "ms_per_token": "milliseconds of a `generate`, over the tokens that it made",
     "ms_per_token_min": "the same",

@@ -21,6 +21,6 @@ for model in gemma-3-270m gemma-3-270m-sharded; do
     echo "sha256 of all $(sums "$model/" | wc -l) files: the same as the original's"
 done
 
-step python ../examples/load_folded.py gemma-3-270m-folded "The capital of France is"
+step python ../examples/convert_and_chat.py gemma-3-270m gemma-3-270m-folded "The capital of France is"
 step gemma-fold diff gemma-3-270m gemma-3-270m-folded --html diff.html
 echo "the same as a page to look at: .demo/diff.html"

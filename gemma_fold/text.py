@@ -33,6 +33,11 @@ def human_size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def cut(text: str, limit: int) -> str:
+    """`text`, its end left out where it is longer than `limit` letters."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns padded to their widest cell, two spaces apart.
 

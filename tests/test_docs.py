@@ -12,7 +12,7 @@ from benchmarks.report import documents, pictures
 from benchmarks.report.plots import Bar, digest, svg
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
 SHOWN = {name: text for path in DOCUMENTS for name, text in documents.found(path).items()}
 
 
@@ -49,7 +49,23 @@ def test_every_picture_is_shown(name: str) -> None:
     assert any(f"images/{name})" in document.read_text() for document in DOCUMENTS)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_links_within_the_repository_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
-        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+    for target, heading in re.findall(
+        r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", document.read_text()
+    ):
+        path = document.parent / target if target else document
+        assert path.exists(), f"{document.name} links to {target}"
+        if heading and path.suffix == ".md":
+            assert heading in headings(path), f"{document.name} links to {target}#{heading}"
+
+
+def headings(document: Path) -> set[str]:
+    """What links name the headings of a document by."""
+    found = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in found}
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
+    assert len(pictures.PICTURES) <= 4

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 Verdict = Literal["zero_centred", "plain", "input_scaled", "unused", "other"]
 
-#: Larger modules are blocks of a network, not norms.
-_MOST_WEIGHTS = 2_000_000
-_CLOSE = 1e-4
 #: How (1 + w) and the product may be rounded, in the words of `tests/data/norms.json`.
 FP32 = "fp32 add, fp32 mul, cast"
 STORAGE_ADD = "bf16 add, fp32 mul, cast"
 STORAGE = "bf16 add, bf16 mul"
 STORAGE_INPUT = "bf16 add (input scaled)"
+#: Larger modules are blocks of a network, not norms.
+_MOST_WEIGHTS = 2_000_000
+_CLOSE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pandas as pd
 
-from benchmarks.report.frames import everything, frame, results, wide
+from benchmarks.report.frames import everything, frame, geometric_mean, results, wide
 from benchmarks.report.words import folded, machine, not_defaults, provenance, settings, table
 from benchmarks.result import OURS, STOCK, Result
 from benchmarks.sglang_load import MEASURES
@@ -22,10 +23,15 @@ FUSION = "compilation_config.pass_config.fuse_allreduce_rms"
 OPEN = "Every setting that is not the engine's default"
 
 
-def headline_runs() -> Iterator[Result]:
-    """The runs of whole engines."""
-    for engine in ("sglang", "vllm"):
-        yield from results(engine)
+def headline_runs() -> list[Result]:
+    """The runs of whole engines: newest first, then by the number of GPUs and the model."""
+    runs = sorted((*results("sglang"), *results("vllm")), key=_place)
+    return sorted(runs, key=lambda result: result.date, reverse=True)
+
+
+def _place(result: Result) -> tuple[int, list[int]]:
+    model = str(result.rows[0].case["model"])
+    return result.machine.count, [int(number) for number in re.findall(r"\d+", model)]
 
 
 def ratios(result: Result) -> pd.Series:
@@ -35,6 +41,18 @@ def ratios(result: Result) -> pd.Series:
         loads = [name for name in times.index.names if name != "repeat"]
         times = times.groupby(level=loads, sort=False, dropna=False).median()
     return times[OURS] / times[STOCK]
+
+
+def at_once(result: Result) -> tuple[int, int]:
+    """The fewest and the most requests at once of a run."""
+    loads = [int(row.case["concurrency"]) for row in result.rows]
+    return min(loads), max(loads)
+
+
+def ratios_at(result: Result, load: int) -> pd.Series:
+    """`ratios`, at so many requests at once."""
+    found = ratios(result)
+    return found[found.index.get_level_values("concurrency") == load]
 
 
 def shape(result: Result) -> str:
@@ -57,13 +75,15 @@ def headline() -> str:
     """How much less time an output token takes: one line for each run; then the settings."""
     rows = []
     for result in headline_runs():
-        saved = 100 - 100 * ratios(result)
+        saved, (fewest, most) = 100 - 100 * ratios(result), at_once(result)
+        busiest = 100 - 100 * geometric_mean(ratios_at(result, most))
         engine = f"{result.what} {result.versions[result.what]}"
         percent = f"{saved.min():.1f} to {saved.max():.1f} %"
-        rows.append((engine, shape(result), machine(result), fusion(result), percent))
+        setup = (engine, shape(result), machine(result), fusion(result))
+        rows.append((*setup, f"{fewest} to {most}", percent, f"{busiest:.1f} %"))
     header = (
-        *("engine", "shape, random weights", "GPUs", "stock's own all-reduce fusion"),
-        "less time per output token than stock",
+        *("engine", "shape, random weights", "GPUs", "the engine's own all-reduce fusion"),
+        *("requests at once", "less time per output token", "at the most requests"),
     )
     return f"{table(header, rows)}\n\n{folded(OPEN + ', in all of these runs', _all_settings())}"
 
@@ -72,7 +92,7 @@ def _all_settings() -> str:
     """Of each engine what all its runs share, and what each has beside that."""
     lines = []
     for engine in ("sglang", "vllm"):
-        runs = list(results(engine))
+        runs = [run for run in headline_runs() if run.what == engine]
         shared = {
             name: value
             for name, value in runs[0].settings.both.items()
@@ -80,14 +100,14 @@ def _all_settings() -> str:
         }
         first = runs[0].settings
         lines.append(
-            f"* {engine}, both sides: {settings(shared)}. Stock alone: {settings(first.stock)}. "
-            f"Ours alone: {settings(first.ours)}."
+            f"* {engine}, both sides: {settings(shared)}. Without gemma-fold: "
+            f"{settings(first.stock)}. With it: {settings(first.ours)}."
         )
+        alike: dict[str, list[str]] = {}
         for run in runs:
             own = {name: v for name, v in run.settings.both.items() if name not in shared}
-            if own:
-                at = f"{shape(run)}, {machine(run)}"
-                lines.append(f"    * {at}, both sides: {settings(own)}.")
+            alike.setdefault(settings(own), []).append(f"{shape(run)} on {machine(run)}")
+        lines += [f"    * {'; '.join(at)}: {own}." for own, at in alike.items() if own]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from benchmarks.report import all_reduce, engines, norms, plots
 from benchmarks.report.frames import DECODE, against_best, everything, geometric_mean, results, wide
 from benchmarks.report.plots import Bar, Group, Picture
 from benchmarks.report.words import machine
+from benchmarks.result import Result
 from benchmarks.run import ROOT
 
 IMAGES = ROOT / "docs" / "images"
@@ -38,25 +40,30 @@ def _by_size(ratios: pd.Series) -> tuple[Bar, Bar]:
 
 
 def whole_engines() -> Picture:
-    """Time per output token in native mode, over stock."""
-    groups = []
-    for result in engines.headline_runs():
-        name = {"sglang": "SGLang", "vllm": "vLLM"}[result.what]
-        model, _, how = engines.shape(result).partition(", ")
-        own = engines.fusion(result)
-        fusion = own if result.machine.count == 1 else f"stock's all-reduce fusion {own}"
-        detail = ", ".join(filter(None, (result.versions[result.what], how, fusion)))
-        label = f"{name}, {model}, {machine(result)}"
-        groups.append(Group(label, detail, (_bar(engines.ratios(result)),)))
+    """Time per output token with gemma-fold, over the same engine without it."""
+    runs = engines.headline_runs()
     return Picture(
-        title="Time per output token: native mode over the same engine without it",
-        axis="time relative to stock; shorter is faster",
-        baseline="stock",
-        series=("native mode",),
-        groups=tuple(groups),
-        note=f"Random weights. {WHISKER}, over requests at once.\n"
+        title="Time per output token with gemma-fold, over the same engine without",
+        axis="time with gemma-fold / time without it; shorter is faster",
+        baseline="without",
+        series=("fewest requests at once", "most requests at once"),
+        groups=tuple(_served(result) for result in runs),
+        note="Newest runs first, with the numbers of requests at once. Random weights. "
+        "Line: over prompts of two lengths.\n"
         "Neither side ran with the engine's defaults: every setting is listed below the table.",
     )
+
+
+def _served(result: Result) -> Group:
+    """One run, at its lowest and at its highest load."""
+    engine = {"sglang": "SGLang", "vllm": "vLLM"}[result.what]
+    model = re.sub(r"gemma(\d)-(\d+)b", r"Gemma \1 \2B", engines.shape(result))
+    own = engines.fusion(result)
+    fusion = "" if result.machine.count == 1 else f", all-reduce fusion {own}"
+    fewest, most = engines.at_once(result)
+    detail = f"{engine} {result.versions[result.what]}{fusion}; {fewest} and {most} requests"
+    bars = tuple(_bar(engines.ratios_at(result, load)) for load in (fewest, most))
+    return Group(f"{model.replace('qwen', 'Qwen')}, {machine(result)}", detail, bars)
 
 
 def norm_kernels() -> Picture:

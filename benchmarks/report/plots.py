@@ -98,7 +98,7 @@ def svg(picture: Picture) -> str:
 
 def _figure(picture: Picture) -> Figure:
     count = len(picture.series)
-    step, top = 0.34 * count + 0.26, 0.95 if count > 1 else 0.72
+    step, top = 0.27 * count + 0.2, 0.95 if count > 1 else 0.72
     bottom = 0.8 + 0.16 * picture.note.count("\n")
     height = top + step * len(picture.groups) + bottom
     figure = Figure(figsize=(8.6, height), facecolor=PAGE)
@@ -124,7 +124,7 @@ def _group(axes: Any, picture: Picture, number: int, group: Group) -> None:
         at = number + (place - (len(group.bars) - 1) / 2) * size
         axes.barh(at, bar.ratio, height=size * 0.82, color=COLOURS[place], zorder=2)
         axes.plot([bar.low, bar.high], [at, at], color=INK, linewidth=1.1, zorder=4)
-        for end in (bar.low, bar.high):
+        for end in (bar.low, bar.high) if bar.low < bar.high else ():
             axes.plot(
                 [end, end], [at - size / 6, at + size / 6], color=INK, linewidth=1.1, zorder=4
             )

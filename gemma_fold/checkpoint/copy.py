@@ -25,8 +25,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from gemma_fold.checkpoint.layout import Run
+from gemma_fold.checkpoint.regular import open_regular
 from gemma_fold.errors import CheckpointError, GemmaFoldError, HostError
 
 STEP = 64 * 2**20
@@ -224,18 +226,16 @@ def data_runs(src: int, run: Run) -> Iterator[Run]:
         position = stop
 
 
-def hole_bytes(path: str | os.PathLike[str], size: int) -> int:
+def hole_bytes(path: Path, size: int) -> int:
     """How many bytes of a file are in holes; 0 for one that cannot be opened."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+        file = open_regular(path)
+    except (CheckpointError, HostError):
         return 0  # whoever reads it reports why
-    try:
-        if os.fstat(descriptor).st_blocks * 512 >= size:
+    with file:
+        if os.fstat(file.fileno()).st_blocks * 512 >= size:
             return 0
-        return size - sum(run.length for run in data_runs(descriptor, Run(0, 0, size)))
-    finally:
-        os.close(descriptor)
+        return size - sum(run.length for run in data_runs(file.fileno(), Run(0, 0, size)))
 
 
 def _clonable(span: _Span) -> tuple[int, int]:

@@ -100,12 +100,14 @@ class Fields:
         self.where = where
         self.subject = subject
         if not isinstance(value, dict):
-            raise self._error(subject or "content", "a map", value, of_subject=False)
+            raise _invalid(subject or "content", where, "a map", shorten(value))
         self._value: dict[str, Any] = value
 
     def error(self, key: str, expected: str) -> CheckpointError:
         """What to raise if the value of `key` is not as `expected`."""
-        return self._error(key, expected, self._value.get(key), missing=key not in self._value)
+        what = f"{key} of {self.subject}" if self.subject else key
+        got = shorten(self._value[key]) if key in self._value else "nothing"
+        return _invalid(what, self.where, expected, got)
 
     def text(self, key: str) -> str:
         """A string."""
@@ -185,21 +187,11 @@ class Fields:
             raise self.error(key, expected)
         return value
 
-    def _error(
-        self,
-        key: str,
-        expected: str,
-        value: object,
-        *,
-        missing: bool = False,
-        of_subject: bool = True,
-    ) -> CheckpointError:
-        subject = f" of {self.subject}" if self.subject and of_subject else ""
-        got = "nothing" if missing else shorten(value)
-        return CheckpointError(
-            f"invalid {key}{subject} in {self.where}: expected {expected}, got {got}; "
-            "fold the original again"
-        )
+
+def _invalid(what: str, where: Path | str, expected: str, got: str) -> CheckpointError:
+    return CheckpointError(
+        f"invalid {what} in {where}: expected {expected}, got {got}; fold the original again"
+    )
 
 
 def _integer(value: object, most: int) -> int | None:

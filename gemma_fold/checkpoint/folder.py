@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_fold.checkpoint.names import check_name
+from gemma_fold.checkpoint.regular import without_waiting
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -81,8 +82,7 @@ class Folder:
     def read(self, name: str) -> int:
         """Open the file `name` for reading; if it is a pipe, without waiting for a writer."""
         with self.parent_of(check_name(name, self.path)) as (folder, last):
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            return os.open(last, flags, dir_fd=folder.descriptor)
+            return without_waiting(last, os.O_RDONLY | os.O_NOFOLLOW, folder.descriptor)
 
     def status(self, name: str) -> os.stat_result | None:
         """`lstat` of `name`, or None if there is nothing."""

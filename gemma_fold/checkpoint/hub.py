@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gemma_fold.checkpoint.header import Header, header_length, parse_header
 from gemma_fold.checkpoint.names import check_name, shown
-from gemma_fold.checkpoint.regular import open_regular
+from gemma_fold.checkpoint.regular import read_range
 from gemma_fold.checkpoint.source import CONFIG, INDEX_SUFFIX, open_checkpoint, parse_json_object
 from gemma_fold.errors import CheckpointError, GemmaFoldError, HostError, UsageError, first_line
 
@@ -145,7 +144,8 @@ def open_ranges(checkpoint: RemoteCheckpoint) -> Callable[[str, int, int], bytes
     It raises HostError where the Hub cannot be reached.
     """
     if checkpoint.folder is not None:
-        return partial(_read_cached, checkpoint.folder)
+        folder = checkpoint.folder
+        return lambda name, begin, end: read_range(folder / name, begin, end)
     remote = _Remote(checkpoint.repo_id, checkpoint.commit, checkpoint.files)
 
     def read(name: str, begin: int, end: int) -> bytes:
@@ -273,14 +273,6 @@ def _cached_headers(repo_id: str, revision: str | None) -> RemoteCheckpoint:
     sizes = {name: (folder / name).stat().st_size for name in files}
     headers = {file.name: file.header for file in found.weights}
     return RemoteCheckpoint(repo_id, commit, found.config, index, headers, sizes, folder)
-
-
-def _read_cached(folder: Path, name: str, begin: int, end: int) -> bytes:
-    with open_regular(folder / name) as file:
-        content = os.pread(file.fileno(), end - begin, begin)
-    if len(content) != end - begin:
-        raise CheckpointError(f"{folder / name} shrank while it was read; let its writer finish")
-    return content
 
 
 @dataclass(frozen=True, slots=True)

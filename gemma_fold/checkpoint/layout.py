@@ -6,6 +6,7 @@ tensors stays one contiguous run that the kernel can copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -13,15 +14,6 @@ from operator import attrgetter
 from gemma_fold.checkpoint.header import ITEMSIZE, Header, TensorEntry, render_header
 
 _ALIGNMENT = 64  # bytes; the widest vector registers there are
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """`length` bytes that move from file offset `source` to file offset `target`."""
-
-    source: int
-    target: int
-    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +37,15 @@ class Layout:
     def offset(self, name: str) -> int:
         """File offset of a tensor's first byte."""
         return self.data_start + self.tensors[name].start
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`length` bytes that move from file offset `source` to file offset `target`."""
+
+    source: int
+    target: int
+    length: int
 
 
 def replace_tensors(header: Header, replaced: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
@@ -101,10 +102,7 @@ def _resized(tensor: TensorEntry, form: tuple[str, tuple[int, ...]] | None) -> T
     if form is None:
         return tensor
     dtype, shape = form
-    elements = 1
-    for extent in shape:
-        elements *= extent
-    return TensorEntry(tensor.name, dtype, shape, 0, int(elements * ITEMSIZE[dtype]))
+    return TensorEntry(tensor.name, dtype, shape, 0, int(math.prod(shape) * ITEMSIZE[dtype]))
 
 
 def _place(ordered: list[TensorEntry]) -> dict[str, TensorEntry]:

@@ -18,7 +18,7 @@ def open_regular(path: Path) -> BinaryIO:
         HostError: the system does not let us read it.
     """
     try:
-        file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115  (closed by whoever asked)
+        file = open(path, "rb", buffering=0, opener=without_waiting)  # noqa: SIM115  (closed by whoever asked)
     except IsADirectoryError:
         raise CheckpointError(f"{path}: not a regular file; correct the path") from None
     except (FileNotFoundError, NotADirectoryError):
@@ -33,6 +33,15 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """A named pipe would keep us until someone writes into it."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def read_range(path: Path, begin: int, end: int) -> bytes:
+    """The bytes [begin, end) of a regular file; raises as `open_regular`, and where it shrank."""
+    with open_regular(path) as file:
+        raw = os.pread(file.fileno(), end - begin, begin)
+    if len(raw) != end - begin:
+        raise CheckpointError(f"{path} shrank while it was read; let its writer finish")
+    return raw
+
+
+def without_waiting(path: str, flags: int, folder: int | None = None) -> int:
+    """Open `path`, below an open folder if given: a pipe would keep us until someone writes."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)

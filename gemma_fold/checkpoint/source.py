@@ -18,7 +18,7 @@ from typing import Any
 from gemma_fold.checkpoint.fields import parse_json_object as parse_json_object
 from gemma_fold.checkpoint.header import Header, TensorEntry, read_header
 from gemma_fold.checkpoint.names import check_top_name, shown, unsafe_reason
-from gemma_fold.checkpoint.regular import open_regular
+from gemma_fold.checkpoint.regular import open_regular, read_range
 from gemma_fold.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -147,13 +147,8 @@ def open_checkpoint(path: str | os.PathLike[str], origin: Origin | None = None) 
 def read_tensor(file: WeightFile, name: str) -> bytes:
     """The stored bytes of one tensor."""
     entry = file.header.tensors[name]
-    with open_regular(file.path) as stream:
-        raw = os.pread(
-            stream.fileno(), entry.end - entry.start, file.header.data_start + entry.start
-        )
-    if len(raw) != entry.end - entry.start:
-        raise CheckpointError(f"{file.path} shrank while it was read; let its writer finish")
-    return raw
+    start = file.header.data_start
+    return read_range(file.path, start + entry.start, start + entry.end)
 
 
 def resized_index(checkpoint: Checkpoint, growth: int) -> bytes | None:

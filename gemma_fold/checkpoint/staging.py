@@ -495,17 +495,9 @@ def _check_space(work: Folder, size: int) -> None:
 
 def _allocated(folder: Folder, name: str) -> int:
     """Bytes of the files in a folder, as far as the disk holds them."""
-    total = 0
     with folder.open(name) as inner:
-        for child in inner.names():
-            status = inner.status(child)
-            if status is None:
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                total += _allocated(inner, child)
-            else:
-                total += min(status.st_size, status.st_blocks * 512)
-    return total
+        found = filter(None, map(inner.status, inner.files()))
+        return sum(min(status.st_size, status.st_blocks * 512) for status in found)
 
 
 @contextmanager

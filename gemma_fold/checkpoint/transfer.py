@@ -32,10 +32,14 @@ class Transfer:
         staging: Staging,
         progress: Progress,
         digester: Digester | None = None,
+        *,
+        stored: Mapping[str, str] | None = None,
     ) -> None:
+        """`stored`: what files are called in the folder they come from, where that differs."""
         self.digests: dict[str, Mapping[str, str]] = {}
         self._copier = Copier()
         self._source = source
+        self._stored = stored or {}
         self._staging = staging
         self._progress = progress
         self._digester = digester
@@ -126,7 +130,7 @@ class Transfer:
     @contextmanager
     def _open_source(self, name: str, state: FileState) -> Iterator[int]:
         """Open for reading; afterwards make sure that the file was the planned one throughout."""
-        path = self._source / name
+        path = self._source / self._stored.get(name, name)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

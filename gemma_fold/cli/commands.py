@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,7 +128,7 @@ def convert(
         )
     verb = "would fold" if dry_run else "folded"
     printer.warn(report.warnings)
-    printer.show(lambda: _plain(report), lambda: render.conversion(report, verb=verb))
+    printer.show(lambda: asdict(report), lambda: render.conversion(report, verb=verb))
 
 
 @_command("Check a folded checkpoint, every byte.")
@@ -147,7 +147,7 @@ def verify(printer: Printer, folded: str, against: str | None) -> None:
 
     with printer.progress("comparing") as progress:
         report = run(folded, against=against, progress=progress)
-    printer.show(lambda: {"ok": report.ok, **_plain(report)}, lambda: render.verification(report))
+    printer.show(lambda: {"ok": report.ok, **asdict(report)}, lambda: render.verification(report))
     if not report.ok:
         sys.exit(1)
 
@@ -170,7 +170,7 @@ def unfold(printer: Printer, folded: str, out: str, resume: bool, restart: bool)
     with _resumable(), printer.progress("unfolding") as progress:
         report = run(folded, out, resume=resume, restart=restart, progress=progress)
     printer.warn(report.warnings)
-    printer.show(lambda: _plain(report), lambda: render.conversion(report, verb="unfolded"))
+    printer.show(lambda: asdict(report), lambda: render.conversion(report, verb="unfolded"))
 
 
 @_command("Say whether a converter got the +1 of every norm right.")
@@ -346,7 +346,7 @@ def push(
             progress=progress,
         )
     printer.warn(report.warnings)
-    printer.show(lambda: _plain(report), lambda: render.pushed(report))
+    printer.show(lambda: asdict(report), lambda: render.pushed(report))
 
 
 @_command(
@@ -443,7 +443,3 @@ def _resumable(how: str = "run again with --resume to continue") -> Iterator[Non
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {how}") from None
-
-
-def _plain(report: Any) -> dict[str, Any]:
-    return dataclasses.asdict(report)

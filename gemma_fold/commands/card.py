@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,25 @@ def card(
         _licence(source, notices, base_model),
     )
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def as_source(
+    checkpoint: Checkpoint, manifest: Manifest
+) -> tuple[Checkpoint, Manifest, Mapping[str, str]]:
+    """Both with the source's card under its own name, and where it lies: a push puts it aside."""
+    found = manifest.files.get(SOURCE_CARD)
+    if found is None or not was_pushed(checkpoint, manifest):
+        return checkpoint, manifest, {}
+    files = {n: f for n, f in manifest.files.items() if n != SOURCE_CARD}
+    others = {n: s for n, s in checkpoint.others.items() if n != SOURCE_CARD}
+    others[CARD] = checkpoint.others[SOURCE_CARD]
+    files[CARD] = replace(found, name=CARD)
+    return replace(checkpoint, others=others), replace(manifest, files=files), {CARD: SOURCE_CARD}
+
+
+def was_pushed(checkpoint: Checkpoint, manifest: Manifest) -> bool:
+    """Whether a card was written for the folded checkpoint."""
+    return CARD in checkpoint.others and CARD not in manifest.files
 
 
 def is_notice(name: str) -> bool:

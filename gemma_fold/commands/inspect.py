@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -154,10 +155,7 @@ class _Tally:
     def add(self, tensor: TensorEntry, changes: int | None) -> None:
         self.shapes[tensor.shape] += 1
         self.dtypes[tensor.dtype] += 1
-        size = 1
-        for extent in tensor.shape:
-            size *= extent
-        self.elements += size
+        self.elements += math.prod(tensor.shape)
         if changes is not None:
             self.changes = (self.changes or 0) + changes
 

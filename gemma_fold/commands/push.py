@@ -12,7 +12,15 @@ from gemma_fold._version import __version__
 from gemma_fold.checkpoint import hub
 from gemma_fold.checkpoint.progress import Progress
 from gemma_fold.checkpoint.source import CONFIG, Checkpoint
-from gemma_fold.commands.card import CARD, SOURCE_CARD, card, count, is_notice, metadata
+from gemma_fold.commands.card import (
+    CARD,
+    SOURCE_CARD,
+    card,
+    count,
+    is_notice,
+    metadata,
+    was_pushed,
+)
 from gemma_fold.commands.verify import verify
 from gemma_fold.errors import CheckpointError, UsageError
 from gemma_fold.format.manifest import Manifest
@@ -58,8 +66,8 @@ def push(
     """Upload the folded checkpoint `folded` to the Hub repository `repo_id`, once it is verified.
 
     The repository is made if there is none. A model card is written for it; the source's own card
-    goes along as README.source.md. The folder here stays as it is. An interrupted upload goes on
-    where it was when it is run again.
+    goes along as README.source.md, which `unfold` gives back as README.md. The folder here stays as
+    it is. An interrupted upload goes on where it was when it is run again.
 
     Args:
         folded: the folder.
@@ -90,7 +98,7 @@ def push(
     if repo == base:
         raise UsageError(f"{repo} is the original's own repository; name another")
     progress.waiting("writing the card")
-    source = metadata(checkpoint.root / _own_card(checkpoint, manifest))
+    source = metadata(checkpoint.root / (CARD if CARD in manifest.files else SOURCE_CARD))
     notices = [name for name in checkpoint.others if is_notice(name)]
     text = card(
         manifest, count(checkpoint, manifest), source, notices, repo_id=repo, base_model=base
@@ -124,22 +132,18 @@ def push(
     )
 
 
-def _own_card(checkpoint: Checkpoint, manifest: Manifest) -> str:
-    """The source's card: of what was pushed and fetched again, the one that was put aside."""
-    return CARD if CARD in manifest.files else SOURCE_CARD
-
-
 def _files(checkpoint: Checkpoint, manifest: Manifest, text: str) -> Mapping[str, Path | bytes]:
     """What the repository gets: by its name there, a file here or the bytes themselves."""
     names = [*checkpoint.others, *(file.name for file in checkpoint.weights), CONFIG]
     names += [checkpoint.index_name] if checkpoint.index_name else []
     files: dict[str, Path | bytes] = {name: checkpoint.root / name for name in names}
+    known = {CARD, SOURCE_CARD} & manifest.files.keys()
+    if SOURCE_CARD in files and known and not was_pushed(checkpoint, manifest):
+        raise CheckpointError(
+            f"{checkpoint.root} holds {SOURCE_CARD}, as the source's {CARD} is called when it "
+            "is pushed; rename it in the source and fold that"
+        )
     if CARD in manifest.files:
-        if SOURCE_CARD in files:
-            raise CheckpointError(
-                f"{checkpoint.root} holds {SOURCE_CARD}, as the source's {CARD} is called when it "
-                "is pushed; rename it in the source and fold that"
-            )
         entries = {(SOURCE_CARD if n == CARD else n): f for n, f in manifest.files.items()}
         entries[SOURCE_CARD] = replace(entries[SOURCE_CARD], name=SOURCE_CARD)
         files[SOURCE_CARD] = files[CARD]

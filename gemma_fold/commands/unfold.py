@@ -25,6 +25,7 @@ from gemma_fold.checkpoint.source import CONFIG, Checkpoint, WeightFile, read_te
 from gemma_fold.checkpoint.staging import Staging, open_staging, settle, work_folder
 from gemma_fold.checkpoint.target import check_replaceable, check_target, target_folder
 from gemma_fold.checkpoint.transfer import Transfer
+from gemma_fold.commands.card import as_source
 from gemma_fold.commands.convert import ConversionReport
 from gemma_fold.errors import CheckpointError
 from gemma_fold.format.manifest import Manifest
@@ -62,7 +63,7 @@ def unfold(
         UsageError, HostError: as `convert`.
     """
     root, target = Path(folded), target_folder(out)
-    checkpoint, manifest = open_folded(root)
+    checkpoint, manifest, stored = as_source(*open_folded(root))
     check_target(root, checkpoint.paths(), target, [work_folder(target)])
     plan = _plan(root, manifest)
     settled = settle(target)
@@ -70,7 +71,7 @@ def unfold(
     progress.waiting("looking at what is there")
     if not resume or not (settled.plan == plan or _is_result(target, manifest)):
         check_replaceable(target, None)
-        moved, notes = _write(checkpoint, manifest, target, plan, resume, restart, progress)
+        moved, notes = _write(checkpoint, manifest, stored, target, plan, resume, restart, progress)
     else:
         moved, notes = {}, ()
     warnings = [
@@ -108,6 +109,7 @@ def _size(manifest: Manifest) -> int:
 def _write(
     checkpoint: Checkpoint,
     manifest: Manifest,
+    stored: Mapping[str, str],
     target: Path,
     plan: str,
     resume: bool,
@@ -129,7 +131,7 @@ def _write(
         ) as staging,
     ):
         proof = _Proof(staging, digester)
-        transfer = Transfer(checkpoint.root, staging, progress)
+        transfer = Transfer(checkpoint.root, staging, progress, stored=stored)
         progress.start(size, len(manifest.files))
         for name in manifest.directories:
             staging.folder.make(name)

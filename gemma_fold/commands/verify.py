@@ -18,6 +18,7 @@ from gemma_fold.checkpoint.source import (
     parse_json_object,
     read_tensor,
 )
+from gemma_fold.commands.card import as_source
 from gemma_fold.errors import CheckpointError
 from gemma_fold.format.arithmetic import fold
 from gemma_fold.format.digests import Digests, wrong_gammas
@@ -189,8 +190,7 @@ class _Comparison:
     def __init__(
         self, folded: Checkpoint, manifest: Manifest, source: Checkpoint, progress: Progress
     ) -> None:
-        self._folded = folded
-        self._manifest = manifest
+        self._folded, self._manifest, self._stored = as_source(folded, manifest)
         self._source = source
         self._progress = progress
         self.compared = 0
@@ -210,7 +210,8 @@ class _Comparison:
             yield from self._weights(file, weights[file.name])
         for name in self._folded.others:
             if name in self._source.others:
-                before, after = self._source.root / name, self._folded.root / name
+                before = self._source.root / name
+                after = self._folded.root / self._stored.get(name, name)
                 size = self._source.others[name].size
                 yield from self._ranges(name, before, after, (Run(0, 0, size),))
         self._progress.finish()

@@ -29,6 +29,7 @@ from gemma_fold.ops.operators.all_reduce import (
 from gemma_fold.ops.operators.linear import gelu_linear, linear
 from gemma_fold.ops.operators.qk_rms_norm import qk_rms_norm
 from gemma_fold.ops.operators.qk_rms_norm_rope import qk_rms_norm_rope
+from gemma_fold.ops.operators.qk_rms_norm_rope_cache import qk_rms_norm_rope_cache
 from gemma_fold.ops.operators.rms_norm import rms_norm, rms_norm_fp8
 from gemma_fold.ops.operators.rms_norm_add_rms_norm import (
     rms_norm_add_rms_norm,
@@ -50,6 +51,7 @@ __all__ = [
     "linear",
     "qk_rms_norm",
     "qk_rms_norm_rope",
+    "qk_rms_norm_rope_cache",
     "rms_norm",
     "rms_norm_add_rms_norm",
     "rms_norm_add_rms_norm_",

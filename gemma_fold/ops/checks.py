@@ -150,20 +150,36 @@ def _span(heads: Tensor) -> int:
     return 1 + sum((n - 1) * stride for n, stride in zip(heads.shape, heads.stride(), strict=True))
 
 
-def check_disjoint(q: Tensor, k: Tensor) -> None:
-    """``q`` and ``k`` [..., heads, H] are written in place: no element may belong to both.
+def _nested(x: Tensor, *dims: tuple[int, int]) -> bool:
+    """Whether ``x``, with more ``dims`` of (stride, size), has one index for each element."""
+    reach = 1
+    for stride, n in sorted([*zip(x.stride(), x.shape, strict=True), *dims]):
+        if n > 1 and stride < reach:
+            return False
+        reach += (n - 1) * stride
+    return True
+
+
+def check_distinct(x: Tensor, name: str) -> None:
+    """``x`` is written: no element of it may have two indices."""
+    if x.numel() and not _nested(x):
+        raise ValueError(f"{name} has more than one index for some of its elements")
+
+
+def check_apart(a: Tensor, b: Tensor, names: str) -> None:
+    """``a`` and ``b``, of one shape and the same strides, are written: none may lie in both."""
+    distance = abs(b.data_ptr() - a.data_ptr()) // a.element_size()
+    if a.numel() and not _nested(a, (distance, 2)):
+        raise ValueError(f"{names} share memory; both are written")
+
+
+def check_disjoint(q: Tensor, k: Tensor, name: str = "k") -> None:
+    """``q`` and ``k`` [..., heads, H]: ``q`` is written, no element may belong to both.
 
     Views of one fused tensor interleave, so their ranges overlap where their elements do not.
     """
-    for name, heads in (("q", q), ("k", k)):
-        dims = sorted(
-            (stride, n) for n, stride in zip(heads.shape, heads.stride(), strict=True) if n > 1
-        )
-        reach = 1
-        for stride, n in dims:
-            if stride < reach:
-                raise ValueError(f"{name} has more than one index for some of its elements")
-            reach += (n - 1) * stride
+    check_distinct(q, "q")
+    check_distinct(k, name)
     if q.numel() == 0 or k.numel() == 0:
         return
     start = (k.data_ptr() - q.data_ptr()) // q.element_size()
@@ -176,7 +192,7 @@ def check_disjoint(q: Tensor, k: Tensor) -> None:
         offset = start % period
         if q_width <= offset and offset + k_width <= period:
             return
-    raise ValueError("q and k share memory; both are written in place")
+    raise ValueError(f"q and {name} share memory; q is written in place")
 
 
 def memory_order(x: Tensor) -> list[int] | None:
@@ -201,9 +217,9 @@ def inverse(order: Sequence[int]) -> list[int]:
     return back
 
 
-def empty_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_rows(x: Tensor) -> Tensor:
     """An uninitialised tensor shaped like ``x``, dense, its rows in the memory order of ``x``."""
     order = memory_order(x)
     if order is None:
-        return x.new_empty(x.shape, dtype=dtype)
-    return x.new_empty([x.shape[dim] for dim in order], dtype=dtype).permute(inverse(order))
+        return x.new_empty(x.shape)
+    return x.new_empty([x.shape[dim] for dim in order]).permute(inverse(order))

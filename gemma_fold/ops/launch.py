@@ -266,18 +266,25 @@ def plan_rows(
 
 def plan_heads(
     kernel: Any,
-    q: Tensor,
-    k: Tensor,
+    heads: Sequence[Tensor],
     in_place: bool,
     scalars: tuple[int, ...] = (),
     extra: dict[str, Any] | None = None,
+    *,
+    written: int = 2,
 ) -> Plan:
-    """The plan of a kernel over heads of ``q`` and ``k``, all of them in one numbering of rows."""
+    """The plan of a kernel over the heads of q, k and perhaps v, all in one numbering of rows.
+
+    The kernel takes the strides of tokens and then those of heads, of ``heads``, and again of the
+    outputs of the first ``written`` of them: in place, or dense.
+    """
+    q, k = heads[0], heads[1]
     hidden, itemsize = q.shape[-1], q.element_size()
-    rows, _ = row_size(q, k)
-    strides = (token_stride(q, "q"), token_stride(k, "k"), q.stride(-2), k.stride(-2))
-    dense = (q.shape[-2] * hidden, k.shape[-2] * hidden, hidden, hidden)
-    unit, taken = steps(q, strides + (strides if in_place else dense))
+    rows, _ = row_size(*heads)
+    outputs = heads[:written]
+    dense = [x.shape[-2] * hidden for x in outputs] + [hidden] * written
+    out = _head_strides(outputs) if in_place else dense
+    unit, taken = steps(q, (*_head_strides(heads), *out))
     block = max(triton.next_power_of_2(hidden), 16 // itemsize)
     # 16 bytes a thread; larger programs where there are enough of them.
     warps = 8 if rows * block * itemsize > _MANY_HEAD_BYTES else 4
@@ -296,3 +303,9 @@ def plan_heads(
     }
     programs = -(-rows // together)
     return Plan(kernel, q, programs, (rows, *taken, *scalars), constants, warps)
+
+
+def _head_strides(heads: Sequence[Tensor]) -> list[int]:
+    """From token to token of each, then from head to head of each."""
+    tokens = [token_stride(x, name) for name, x in zip("qkv", heads, strict=False)]
+    return tokens + [x.stride(-2) for x in heads]

@@ -45,12 +45,12 @@ class ExportedNorm:
     names: tuple[str, ...]
     from_top: bool
     kind: RuleKind
-    fold: Fold | None
-    required: bool
-    layer_types: tuple[str, ...]
-    condition: str
-    evidence: Evidence | None
-    note: str
+    fold: Fold | None = None
+    required: bool = False
+    layer_types: tuple[str, ...] = ()
+    condition: str = ""
+    evidence: Evidence | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,18 +197,8 @@ def _norm(row: Family, norm: Norm) -> ExportedNorm:
 
 
 def _trap(trap: Plain) -> ExportedNorm:
-    return ExportedNorm(
-        pattern=trap.names,
-        names=expand(trap.names),
-        from_top=trap.absolute,
-        kind=kind_of(trap.kind, None),
-        fold=None,
-        required=False,
-        layer_types=(),
-        condition="",
-        evidence=None,
-        note=trap.why,
-    )
+    kind = kind_of(trap.kind, None)
+    return ExportedNorm(trap.names, expand(trap.names), trap.absolute, kind, note=trap.why)
 
 
 def _part(part: Part) -> ExportedPart:

@@ -18,6 +18,25 @@ NormName = Literal["rms_norm", "layer_norm", "grouped_rms_norm"]
 Rounding = Literal["float32", "storage"]
 
 
+class Kind(Enum):
+    """What a tensor is, as far as folding is concerned."""
+
+    ZERO_CENTRED = "zero-centred"
+    PLAIN = "plain"
+    #: 1 + w, but not the gain of an RMSNorm or LayerNorm: left alone and reported.
+    NOT_A_GAMMA = "not a gamma"
+    OTHER = "other"
+
+
+class Verdict(Enum):
+    """Whether a checkpoint can be folded."""
+
+    FOLDABLE = "foldable"
+    ALREADY_FOLDED = "already folded"
+    NOTHING_TO_FOLD = "nothing to fold"
+    UNSUPPORTED = "unsupported"
+
+
 @dataclass(frozen=True, slots=True)
 class Fold:
     """The arithmetic that makes gamma of a stored weight: gamma = offset + w.
@@ -33,16 +52,6 @@ class Fold:
     offset: float = 1.0
     add_dtype: Rounding = "float32"
     mul_dtype: Rounding = "float32"
-
-
-class Kind(Enum):
-    """What a tensor is, as far as folding is concerned."""
-
-    ZERO_CENTRED = "zero-centred"
-    PLAIN = "plain"
-    #: 1 + w, but not the gain of an RMSNorm or LayerNorm: left alone and reported.
-    NOT_A_GAMMA = "not a gamma"
-    OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +82,6 @@ class TensorRule:
     evidence: Evidence | None = None
     note: str = ""
     condition: str = ""
-
-
-class Verdict(Enum):
-    """Whether a checkpoint can be folded."""
-
-    FOLDABLE = "foldable"
-    ALREADY_FOLDED = "already folded"
-    NOTHING_TO_FOLD = "nothing to fold"
-    UNSUPPORTED = "unsupported"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import gemma_fold
+from gemma_fold.checkpoint.copy import hole_bytes
+from gemma_fold.checkpoint.folder import open_folder
 from gemma_fold.checkpoint.header import read_header
 from gemma_fold.checkpoint.regular import open_regular
 from gemma_fold.checkpoint.source import read_small
@@ -48,6 +51,30 @@ def test_what_the_system_refuses(read: Callable[[Path], object], tmp_path: Path)
         read(path)
     words = "cannot be read (Too many levels of symbolic links); check its permissions and the disk"
     assert str(caught.value) == f"{path}: {words}"
+
+
+def test_only_one_module_opens_without_waiting() -> None:
+    package = Path(gemma_fold.__file__).parent
+    found = [path.name for path in package.rglob("*.py") if "O_NONBLOCK" in path.read_text()]
+    assert found == ["regular.py"]
+
+
+def test_holes_of_what_cannot_be_opened_are_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("none", "pipe", "."):
+        assert hole_bytes(tmp_path / name, 1 << 20) == 0
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(1 << 20)
+    assert hole_bytes(tmp_path / "sparse", 1 << 20) == 1 << 20
+
+
+def test_a_folder_opens_a_pipe_without_waiting_and_follows_no_link(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with open_folder(tmp_path) as folder:
+        os.close(folder.read("pipe"))
+        with pytest.raises(OSError, match="symbolic links"):
+            folder.read("link")
 
 
 def test_nothing_stays_open(tmp_path: Path) -> None:

@@ -14,6 +14,11 @@ from checkpoints import tree, write_checkpoint
 from commands import run
 from hubserver import HubServer
 
+from gemma_fold.commands.convert import convert
+from gemma_fold.commands.push import push
+from gemma_fold.commands.unfold import unfold
+from gemma_fold.errors import CheckpointError
+
 TOKEN = "hf_writer"
 HEAD = """---
 license: gemma
@@ -89,13 +94,12 @@ def test_a_new_repository_holds_the_checkpoint_and_a_card(
     # What was pushed is a folded checkpoint: from the Hub it verifies, and gives the source back.
     for arguments in (
         ["verify", model.folder],
+        ["verify", model.folder, "--against", source],
         ["unfold", model.folder, "-o", tmp_path / "again"],
     ):
         done = run(*arguments)
         assert done.returncode == 0, done.stdout + done.stderr
-    again, original = tree(tmp_path / "again"), tree(source)
-    assert again.pop("README.source.md") == original.pop("README.md")
-    assert again == original
+    assert tree(tmp_path / "again") == tree(source)
 
 
 def test_the_numbers_of_the_card_are_those_of_inspect(
@@ -178,6 +182,16 @@ def test_what_is_refused(
         file.write(bytes([last[0] ^ 1]))
     assert "is not as it was written" in refused(folded, "me/new")
     assert "me/new" not in hub.models
+
+
+def test_only_what_a_push_put_aside_is_a_card(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "local")
+    (source / "README.source.md").write_text("theirs")
+    convert(source, tmp_path / "out")
+    unfold(tmp_path / "out", tmp_path / "again")
+    assert tree(tmp_path / "again") == tree(source)
+    with pytest.raises(CheckpointError, match="rename it in the source"):
+        push(tmp_path / "out", "me/new", dry_run=True)
 
 
 def test_a_source_that_is_not_on_the_hub(tmp_path: Path, environment: dict[str, str]) -> None:

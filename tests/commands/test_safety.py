@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import gemma3_tensors, tree, write_checkpoint
+from checkpoints import flipped, gemma3_tensors, tree, unchanged, write_checkpoint
 from commands import run
 
 from gemma_fold.checkpoint.folder import open_folder
@@ -45,6 +45,13 @@ def interrupted(source: Path, out: Path) -> Path:
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, progress=AtFile(2, interrupt))
     return work_folder(out)
+
+
+def written(tmp_path: Path, shards: int = 1) -> tuple[Path, Path]:
+    """A source, and a conversion of it that is complete."""
+    source, out = write_checkpoint(tmp_path / "model", shards=shards), tmp_path / "out"
+    convert(source, out)
+    return source, out
 
 
 # --- the work folder: only what proves itself ours is touched ------------------------------------
@@ -143,14 +150,11 @@ def test_output_that_appears_meanwhile_stays(command: str, tmp_path: Path) -> No
 
 
 def test_force_keeps_what_is_not_part_of_the_checkpoint(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "model")
-    out = tmp_path / "out"
-    convert(source, out)
+    source, out = written(tmp_path)
     (out / "2_Dense/notes.txt").write_text("mine")
-    before = tree(out)
-    with pytest.raises(UsageError, match=r"holds 2_Dense/notes\.txt, which is not part"):
+    refused = pytest.raises(UsageError, match=r"holds 2_Dense/notes\.txt, which is not part")
+    with unchanged(out), refused:
         convert(source, out, force=True)
-    assert tree(out) == before
 
 
 @pytest.mark.parametrize("atomic", [True, False])
@@ -159,9 +163,7 @@ def test_force_keeps_a_file_that_appears_meanwhile(
 ) -> None:
     if not atomic:  # as file systems without RENAME_EXCHANGE and RENAME_NOREPLACE answer
         monkeypatch.setattr("gemma_fold.checkpoint.rename._renameat2", lambda *given: False)
-    source = write_checkpoint(tmp_path / "model", shards=2)
-    out = tmp_path / "out"
-    convert(source, out)
+    source, out = written(tmp_path, shards=2)
 
     def appear() -> None:
         (out / "notes.txt").write_text("mine")
@@ -176,21 +178,15 @@ def test_force_keeps_a_file_that_appears_meanwhile(
 
 
 def test_force_never_replaces_a_saved_model(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "model")
-    out = tmp_path / "out"
-    convert(source, out)
+    source, out = written(tmp_path)
     manifest = out / "gemma_fold.json"
     manifest.write_text(manifest.read_text().replace('"made_by": "convert"', '"made_by": "save"'))
-    before = tree(out)
-    with pytest.raises(UsageError, match="may be the only one of its kind"):
+    with unchanged(out), pytest.raises(UsageError, match="may be the only one of its kind"):
         convert(source, out, force=True)
-    assert tree(out) == before
 
 
 def test_out_is_never_absent_while_it_is_replaced(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "model")
-    out = tmp_path / "out"
-    convert(source, out)
+    source, out = written(tmp_path)
     watch = (
         "import os, sys\n"
         "print('ready', flush=True)\n"
@@ -243,10 +239,8 @@ def test_force_over_an_out_that_holds_a_linked_source(kind: str, tmp_path: Path)
         (source / "2_Dense/config.json").unlink()
         (source / "2_Dense").rmdir()
         (source / "2_Dense").symlink_to(out / "2_Dense")
-    before = tree(tmp_path)
-    with pytest.raises(UsageError, match="which is read"):
+    with unchanged(tmp_path), pytest.raises(UsageError, match="which is read"):
         convert(source, out, force=True)
-    assert tree(tmp_path) == before
 
 
 def test_out_below_a_folder_that_the_source_links_to(tmp_path: Path) -> None:
@@ -347,9 +341,7 @@ def test_killed_between_the_two_renames(
     options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without RENAME_EXCHANGE there is a moment when OUT is absent: the next run ends it."""
-    source = write_checkpoint(tmp_path / "model", shards=2)
-    out = tmp_path / "out"
-    convert(source, out)
+    source, out = written(tmp_path, shards=2)
     expected = tree(out)
     renames = []
 
@@ -376,9 +368,7 @@ def test_killed_between_the_two_renames(
 def test_failing_disk_between_the_two_renames_puts_out_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write_checkpoint(tmp_path / "model", shards=2)
-    out = tmp_path / "out"
-    convert(source, out)
+    source, out = written(tmp_path, shards=2)
     expected, renames = tree(out), []
 
     def second_fails(*given: object) -> None:
@@ -425,15 +415,6 @@ def edit_text(name: str, old: str, new: str) -> Callable[[Path], None]:
     return edit
 
 
-def flip_last_bit(name: str) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        raw = bytearray((folder / name).read_bytes())
-        raw[-1] ^= 1
-        (folder / name).write_bytes(raw)
-
-    return edit
-
-
 def pad_header(folder: Path) -> None:
     path = folder / "model.safetensors"
     raw = path.read_bytes()
@@ -443,8 +424,8 @@ def pad_header(folder: Path) -> None:
 
 
 TAMPERINGS: dict[str, Callable[[Path], None]] = {
-    "tensor": flip_last_bit("model.safetensors"),
-    "tokenizer": flip_last_bit("tokenizer.json"),
+    "tensor": flipped("model.safetensors"),
+    "tokenizer": flipped("tokenizer.json"),
     "chat template": edit_text("chat_template.jinja", "messages", "massages"),
     "file in a subfolder": edit_text("2_Dense/config.json", "{}", "[]"),
     "config": edit_text("config.json", '"dtype": "bfloat16"', '"dtype": "float16"'),

@@ -47,7 +47,7 @@ class Scene:
     Attributes:
         name: as it is listed.
         arguments: the command under test.
-        again: the command that continues it where it left something.
+        again: the command that continues it where it left something; empty where itself does.
         wanted: which reference it ends in, "folded" or "unfolded"; empty where that is known.
         old: whether an older checkpoint is at OUT to begin with.
         begun: a command that is killed first, to leave its work folder behind, and where.
@@ -58,7 +58,7 @@ class Scene:
 
     name: str
     arguments: tuple[str, ...]
-    again: tuple[str, ...]
+    again: tuple[str, ...] = ()
     wanted: str = "folded"
     old: bool = False
     begun: tuple[tuple[str, ...], Choose] | None = None
@@ -69,6 +69,7 @@ class Scene:
 _CONVERT = ("convert", "model", "-o", OUT)
 _UNFOLD = ("unfold", "folded", "-o", OUT)
 _RESUME = (*_CONVERT, "--resume")
+_UNFOLD_RESUME = (*_UNFOLD, "--resume")
 _FORCE = (*_CONVERT, "--force")
 _FORCE_RESUME = (*_FORCE, "--resume")
 _HALFWAY = part(0.6)
@@ -77,33 +78,20 @@ SCENES = {
     scene.name: scene
     for scene in (
         Scene("convert", _CONVERT, _RESUME),
-        Scene("convert --resume", _RESUME, _RESUME, begun=(_CONVERT, _HALFWAY)),
-        Scene(
-            "convert --restart",
-            (*_CONVERT, "--restart"),
-            _RESUME,
-            begun=(_CONVERT, _HALFWAY),
-        ),
+        Scene("convert --resume", _RESUME, begun=(_CONVERT, _HALFWAY)),
+        Scene("convert --restart", (*_CONVERT, "--restart"), _RESUME, begun=(_CONVERT, _HALFWAY)),
         Scene("convert --force", _FORCE, _FORCE_RESUME, old=True),
-        Scene(
-            "convert --force --resume",
-            _FORCE_RESUME,
-            _FORCE_RESUME,
-            old=True,
-            begun=(_FORCE, _HALFWAY),
-        ),
+        Scene("convert --force --resume", _FORCE_RESUME, old=True, begun=(_FORCE, _HALFWAY)),
         Scene(
             "convert --force --resume after the exchange",
-            _FORCE_RESUME,
             _FORCE_RESUME,
             old=True,
             begun=(_FORCE, after("exchange", path="/" + OUT)),
         ),
-        Scene("unfold", _UNFOLD, (*_UNFOLD, "--resume"), wanted="unfolded"),
+        Scene("unfold", _UNFOLD, _UNFOLD_RESUME, wanted="unfolded"),
         Scene(
             "unfold --resume",
-            (*_UNFOLD, "--resume"),
-            (*_UNFOLD, "--resume"),
+            _UNFOLD_RESUME,
             wanted="unfolded",
             begun=(_UNFOLD, _HALFWAY),
         ),
@@ -126,7 +114,6 @@ SCENES = {
         ),
         Scene(
             "convert --force --resume between two renames",
-            _FORCE_RESUME,
             _FORCE_RESUME,
             old=True,
             absent=True,

@@ -105,7 +105,7 @@ class Bench:
         trial.left = (self.yard.folder / WORK).exists()
         trial.problems += self._judge(scene, fault, trial)
         if trial.left or trial.state != "new":
-            arguments = scene.again if trial.left else scene.arguments
+            arguments = scene.again if trial.left and scene.again else scene.arguments
             then = self.run(arguments, at=-1, flags=scene.flags)
             problems = self._unfinished(scene, then)
             if trial.state == "new" and problems == ["exit code 2"]:

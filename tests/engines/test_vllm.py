@@ -20,6 +20,7 @@ from typing import Any
 
 import patience
 import pytest
+import tiny
 import torch
 import vllm_models
 from local_server import free_port, running
@@ -259,6 +260,11 @@ def test_torch_compile(models: Path, tmp_path_factory: pytest.TempPathFactory) -
     assert_identical(found["native"])
     assert_close(found["native_runs"], 0.05)
     assert_close(found["fused_qk"], 0.05)
+    assert_identical(found["cached_qk"])  # as it would be: the CPU's backend has its own write
+    said = re.findall(
+        r"q and k and writes the KV cache: (.*)", (folder / "compiled.log").read_text()
+    )
+    assert said and all("writes the cache in its own way" in line for line in said)
 
 
 def test_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -297,14 +303,8 @@ def test_adapters(models: Path, tmp_path: Path) -> None:
 
 
 def test_fp32_norms_served_in_bf16_are_rounded_once(models: Path, tmp_path: Path) -> None:
-    original, folded = tmp_path / "original", tmp_path / "folded"
-    shutil.copytree(models / "gemma3_untied", original)
-    tensors = load_file(original / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in tensors.items():
-        if "norm" in name:  # near 0, where gamma - 1 has lost the most
-            tensors[name] = 1e-7 * torch.randn(tensor.shape, generator=generator)
-    save_file(tensors, original / "model.safetensors", {"format": "pt"})
+    original = tiny.with_norms_near_0(models / "gemma3_untied", tmp_path / "original")
+    folded = tmp_path / "folded"
     convert(original, folded)
     found = work("wide_norms", tmp_path, original, folded)
     assert found["norms"] == [13] * 4 and found["dtypes"] == ["torch.bfloat16"]

@@ -163,8 +163,9 @@ def compiled(root: Path) -> dict[str, Any]:
         "native": compare(native, run(folded, "native", **options)),
         "native_runs": compare(stock, native),
     }
-    os.environ["GEMMA_FOLD_QK"] = "fused"
-    found["fused_qk"] = compare(native, run(folded, "native", **options))
+    for how in ("fused", "cached"):
+        os.environ["GEMMA_FOLD_QK"] = how
+        found[f"{how}_qk"] = compare(native, run(folded, "native", **options))
     return found
 
 

@@ -15,8 +15,9 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError, deserialize
 
@@ -36,6 +37,9 @@ SECONDS, SECONDS_PER_BYTE = 2.0, 50e-6
 MEMORY, MEMORY_PER_BYTE = 64 << 20, 4096
 _LARGEST_DATA = 1 << 16
 _SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+T = TypeVar("T")
 
 
 class Finding(AssertionError):
@@ -61,14 +65,17 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def accepted(data: bytes, read: Callable[[bytes], T]) -> T | None:
+    """What `read` makes of the data; None where it refuses it."""
+    with bounded(len(data)), suppress(GemmaFoldError):
+        return read(data)
+    return None
+
+
 def header(data: bytes) -> None:
     """`parse_header`; what it accepts, the safetensors library accepts and reads the same."""
-    with bounded(len(data)):
-        try:
-            ours = parse_header(data, data_size=None, where="fuzzed")
-        except GemmaFoldError:
-            return
-    if ours.data_size > _LARGEST_DATA:
+    ours = accepted(data, lambda raw: parse_header(raw, data_size=None, where="fuzzed"))
+    if ours is None or ours.data_size > _LARGEST_DATA:
         return
     try:
         theirs = deserialize(struct.pack("<Q", len(data)) + data + bytes(ours.data_size))
@@ -89,20 +96,15 @@ _SHAPES = {
 
 def config(data: bytes) -> None:
     """A config.json, as far as the rules read it."""
-    with bounded(len(data)):
-        try:
-            classify(check_config(parse_json_object(data, "fuzzed"), "fuzzed"), _SHAPES)
-        except GemmaFoldError:
-            return
+    accepted(
+        data,
+        lambda raw: classify(check_config(parse_json_object(raw, "fuzzed"), "fuzzed"), _SHAPES),
+    )
 
 
 def index(data: bytes) -> None:
     """A weight index."""
-    with bounded(len(data)):
-        try:
-            mapped = index_map(data, "fuzzed")
-        except GemmaFoldError:
-            return
+    mapped = accepted(data, lambda raw: index_map(raw, "fuzzed")) or {}
     for shard in mapped.values():
         if os.path.normpath(os.path.join("/out", shard)) != "/out/" + shard or "/" in shard:
             raise Finding(f"the shard {shard!r} is no file at the top")
@@ -110,13 +112,11 @@ def index(data: bytes) -> None:
 
 def manifest(data: bytes) -> None:
     """A manifest; what is accepted can be written and reads back as it was."""
-    with bounded(len(data)):
-        try:
-            found = parse_manifest(data, "fuzzed")
-        except GemmaFoldError:
-            return
-        if parse_manifest(found.to_bytes(), "fuzzed") != found:
-            raise Finding("does not read back as it was")
+    found = accepted(data, lambda raw: parse_manifest(raw, "fuzzed"))
+    if found is None:
+        return
+    if accepted(data, lambda _: parse_manifest(found.to_bytes(), "fuzzed")) != found:
+        raise Finding("does not read back as it was")
     for name in (*found.files, *found.directories):
         if os.path.normpath(os.path.join("/out", name)) != "/out/" + name:
             raise Finding(f"{name!r} leaves the folder")

@@ -26,6 +26,7 @@ from gemma_fold.ops.operators import (  # noqa: E402
     add_rms_norm,
     qk_rms_norm,
     qk_rms_norm_rope,
+    qk_rms_norm_rope_cache,
     rms_norm,
     rms_norm_add_rms_norm,
 )
@@ -35,9 +36,15 @@ pytestmark = [
     pytest.mark.skipif(launch.INTERPRETED, reason="the kernels are being interpreted"),
 ]
 WIDE_LOAD = re.compile(r"ld\.global(\.cg)?\.v4")
+WIDE_STORE = re.compile(r"st\.global\.v4")
+#: One bf16 or fp16 element at a time.
+NARROW = re.compile(r"(ld|st)\.global\S*\.[bu]16")
 HOPPER = GPUTarget("cuda", 90, 32)
-FLOATS = {"q_gamma", "k_gamma", "gamma", "post_gamma", "pre_gamma", "scale", "partial"}
-INTEGERS = {"peers": "*i64", "uses": "*i32", "positions": "*i64"}
+FLOATS = {
+    *("q_gamma", "k_gamma", "gamma", "post_gamma", "pre_gamma"),
+    *("scale", "k_scale", "v_scale", "partial"),
+}
+INTEGERS = {"peers": "*i64", "uses": "*i32", "positions": "*i64", "slots": "*i64"}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +56,8 @@ def kind(name: str, element: str) -> str:
     """The type of a kernel's argument, by its name."""
     if not name.endswith("_ptr"):
         fraction = name in ("eps", "post_eps", "pre_eps")
-        return "fp32" if fraction else "i64" if name.endswith("step") else "i32"
+        wide = name.endswith("step") or name in ("n_positions", "n_slots", "n_cached")
+        return "fp32" if fraction else "i64" if wide else "i32"
     stem = name.removesuffix("_ptr")
     return INTEGERS.get(stem) or ("*fp32" if stem in FLOATS else f"*{element}")
 
@@ -67,7 +75,7 @@ def ptx(kernel: Any, warps: int, constants: dict[str, Any], **types: str) -> str
         if signature[name].startswith("*")
     }
     source = ASTSource(kernel, signature, positions, aligned)
-    options = {"num_warps": warps, "launch_pdl": True}
+    options = {"num_warps": warps, "launch_pdl": True, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=HOPPER, options=options)
     assert compiled.asm["cubin"]
     return str(compiled.asm["ptx"])
@@ -111,13 +119,50 @@ def test_head_kernels(
     q, k = meta[:, :q_heads], meta[:, q_heads:]
     monkeypatch.setattr(launch, "_uses_pdl", lambda device: True)
     plan = qk_rms_norm.plan(q, k, in_place)
-    assert WIDE_LOAD.search(ptx(plan.kernel, plan.options["num_warps"], plan.constants))
+    text = ptx(plan.kernel, plan.options["num_warps"], plan.constants)
+    assert WIDE_LOAD.search(text) and WIDE_STORE.search(text) and not NARROW.search(text)
     for dtype, element in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         for interleaved in (False, True):
             cos_sin = torch.empty(64, size // 2, device="meta", dtype=dtype)
             plan = qk_rms_norm_rope.plan(q, k, in_place, cos_sin, None, interleaved)
             types = {"cos_sin_ptr": f"*{element}"}
-            ptx(plan.kernel, plan.options["num_warps"], row_constants(plan), **types)
+            text = ptx(plan.kernel, plan.options["num_warps"], row_constants(plan), **types)
+            assert WIDE_LOAD.search(text) and WIDE_STORE.search(text)
+            assert dtype == torch.bfloat16 or not NARROW.search(text)  # a row of pairs may be odd
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float8_e4m3fn))
+@pytest.mark.parametrize("section", ((0, 0, 0), (11, 11, 10)))
+@pytest.mark.parametrize("heads", ((32, 16, 128), (16, 2, 256), (3, 2, 96)))
+def test_head_kernels_that_write_a_cache(
+    heads: tuple[int, int, int],
+    section: tuple[int, int, int],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q_heads, k_heads, size = heads
+    meta = torch.empty(600, q_heads + 2 * k_heads, size, device="meta", dtype=torch.bfloat16)
+    q, k, v = meta.split([q_heads, k_heads, k_heads], dim=1)
+    cache, _ = torch.empty(9, k_heads, 16, 2 * size, device="meta", dtype=dtype).chunk(2, dim=-1)
+    cos_sin = torch.empty(64, 64, device="meta", dtype=torch.float32)
+    slots = torch.empty(600, device="meta", dtype=torch.int64)
+    gain = torch.empty(size, device="meta")
+    positions = torch.empty((3, 600) if any(section) else (600,), device="meta", dtype=torch.int64)
+    monkeypatch.setattr(launch, "_uses_pdl", lambda device: True)
+    for interleaved, in_turn, in_place in ((False, False, True), (True, True, False)):
+        caches = cache.transpose(1, 2), cache.transpose(1, 2)
+        tensors = (q, k, v, gain, gain, cos_sin, positions, *caches, slots, None, None)
+        plan = qk_rms_norm_rope_cache.plan(tensors, in_place, interleaved, *section, in_turn)
+        types = {"cos_sin_ptr": "*fp32"}
+        constants = row_constants(plan)
+        if dtype == torch.bfloat16:
+            constants |= {"k_scale_ptr": None, "v_scale_ptr": None}
+        else:
+            types |= dict.fromkeys(("key_cache_ptr", "value_cache_ptr"), "*fp8e4nv")
+        text = ptx(plan.kernel, plan.options["num_warps"], constants, **types)
+        assert ".local" not in text
+        assert WIDE_LOAD.search(text) and WIDE_STORE.search(text) and not NARROW.search(text)
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in text) == (dtype != torch.bfloat16)
 
 
 def test_gamma_comes_before_the_wait_and_nothing_that_could_be_one_is_signalled_early(

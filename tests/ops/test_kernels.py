@@ -23,6 +23,7 @@ from norm_checks import (
     ulps,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_ops.py with TRITON_INTERPRET=1", allow_module_level=True)
@@ -104,6 +105,19 @@ def test_heads_of_a_fused_tensor_by_the_formula() -> None:
         got = ops.rms_norm(heads, gain, EPS)
         assert ulps(got, exact_norm(heads, gain, EPS), torch.float32) <= 8.0
         assert ops.rms_norm_fp8(heads, gain, eps=EPS)[0].shape == heads.shape
+
+
+@pytest.mark.parametrize("static", (False, True))
+def test_fp8_heads_lie_as_the_fake_says(static: bool) -> None:
+    gain, scale = gamma(64, 8, "cpu"), torch.ones(1) if static else None
+    for heads in heads_of_a_fused_tensor():
+        arguments = (heads, gain, EPS, scale)
+        real = torch.ops.gemma_fold.rms_norm_fp8(*arguments)
+        with FakeTensorMode() as mode:
+            moved = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
+            fake = torch.ops.gemma_fold.rms_norm_fp8(*moved)
+        for got, said in zip(real, fake, strict=True):
+            assert (got.shape, got.stride(), got.dtype) == (said.shape, said.stride(), said.dtype)
 
 
 def test_rows_of_three_strides_are_refused() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from gemma_fold import ops
 
 EPS = 1e-6
+KERNELS = ("test_kernels.py", "test_cache_kernels.py")
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
@@ -93,6 +94,7 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(table.qk_rms_norm_, (q, k, gain, gain, EPS))
     for scale in (None, torch.ones(1)):
         torch.library.opcheck(table.rms_norm_fp8, (x, gain, EPS, scale))
+        torch.library.opcheck(table.rms_norm_fp8, (turned, gain, EPS, scale))
         torch.library.opcheck(table.add_rms_norm_fp8, (x, residual, gain, EPS, scale))
         sandwich = (x, residual, gain, gain, EPS, EPS, scale)
         torch.library.opcheck(table.rms_norm_add_rms_norm_fp8, sandwich)
@@ -247,7 +249,7 @@ def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     tests = Path(__file__).parent
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_kernels.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *KERNELS],
         cwd=tests,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tests.parents[1])},
         capture_output=True,

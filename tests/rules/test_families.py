@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from families import FAMILIES, SURVEYED, build, fill, gains, model_class, model_classes
+from families import FAMILIES, SURVEYED, build, gains, model_class, model_classes
 from plain_gamma import difference, load_plain, outputs, plain_semantics, read, unlock, write
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -113,14 +113,6 @@ def test_every_class_of_the_family_classifies(family: str, tmp_path: Path) -> No
 # --- plain families, and wrappers around any model -----------------------------------------------
 
 _TEXT = tiny.CONFIGS["gemma3_text"] | {"model_type": "gemma3_text"}
-_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 2,
-}
 _SMALL = {key: _TEXT[key] for key in ("vocab_size", "hidden_size", "intermediate_size")} | {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -170,23 +162,23 @@ def test_plain_family_has_nothing_to_fold(family: str, tmp_path: Path) -> None:
 
 _AUDIO = {"num_mel_bins": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
 WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llava": ("LlavaFor", {"vision_config": _VISION | {"model_type": "clip_vision_model"}}),
+    "llava": ("LlavaFor", {"vision_config": tiny.VISION | {"model_type": "clip_vision_model"}}),
     "llava_onevision": (
         "LlavaOnevisionFor",
-        {"vision_config": _VISION | {"model_type": "siglip_vision_model"}},
+        {"vision_config": tiny.VISION | {"model_type": "siglip_vision_model"}},
     ),
-    "mistral3": ("Mistral3For", {"vision_config": _VISION | {"model_type": "pixtral"}}),
+    "mistral3": ("Mistral3For", {"vision_config": tiny.VISION | {"model_type": "pixtral"}}),
     "internvl": (
         "InternVLFor",
         {
-            "vision_config": _VISION
+            "vision_config": tiny.VISION
             | {"model_type": "internvl_vision", "image_size": [8, 8], "patch_size": [2, 2]}
         },
     ),
-    "idefics3": ("Idefics3For", {"vision_config": _VISION}),
+    "idefics3": ("Idefics3For", {"vision_config": tiny.VISION}),
     "aya_vision": (
         "AyaVisionFor",
-        {"vision_config": _VISION | {"model_type": "siglip_vision_model"}},
+        {"vision_config": tiny.VISION | {"model_type": "siglip_vision_model"}},
     ),
     "voxtral": ("VoxtralFor", {"audio_config": _AUDIO | {"intermediate_size": 24}}),
 }
@@ -196,7 +188,9 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_wrapper_around_a_gemma(wrapper: str, tmp_path: Path) -> None:
     prefix, parts = WRAPPERS[wrapper]
     config = CONFIG_MAPPING[wrapper](text_config=_TEXT, **parts)
-    model = fill(getattr(transformers, f"{prefix}ConditionalGeneration")(config), torch.float32)
+    model = tiny.fill(
+        getattr(transformers, f"{prefix}ConditionalGeneration")(config), torch.float32
+    )
     model.save_pretrained(tmp_path)
     found = classify_folder(tmp_path)
     found.require_foldable()

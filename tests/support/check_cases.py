@@ -87,6 +87,11 @@ def swapped_gguf(original: Path, out: Path) -> Path:
     return files.write_gguf(original, out, files.swapped(files.norms_of(original)))
 
 
+def misfolded(form: str, write: object) -> Iterator[Case]:
+    yield case(form, "not folded", Finding.NOT_FOLDED, write, change=added(-1))
+    yield case(form, "doubled", Finding.DOUBLED, write, change=added(1))
+
+
 def gguf_cases(family: str) -> Iterator[Case]:
     gguf = files.write_gguf
     first, last = ends(family)
@@ -94,8 +99,7 @@ def gguf_cases(family: str) -> Iterator[Case]:
     if family in PLAIN:
         yield case("gguf", "added to plain", Finding.UNASKED, gguf, change=added(0, extra=1))
         return
-    yield case("gguf", "not folded", Finding.NOT_FOLDED, gguf, change=added(-1))
-    yield case("gguf", "doubled", Finding.DOUBLED, gguf, change=added(1))
+    yield from misfolded("gguf", gguf)
     yield case("gguf", "bf16", Finding.ROUNDED, gguf, dtype=BF16)
     yield case("gguf", "fp16", Finding.ROUNDED, gguf, dtype=np.float16)
     yield case("gguf", "from rounded gamma", Finding.ROUNDED, gguf, change=rounded(BF16))
@@ -171,8 +175,7 @@ def tensor_cases(family: str) -> Iterator[Case]:
     if family in PLAIN:
         yield case("tensors", "added", Finding.UNASKED, arrays, change=added(0, extra=1))
         return
-    yield case("tensors", "not folded", Finding.NOT_FOLDED, arrays, change=added(-1))
-    yield case("tensors", "doubled", Finding.DOUBLED, arrays, change=added(1))
+    yield from misfolded("tensors", arrays)
 
 
 def cases(family: str) -> Iterator[Case]:

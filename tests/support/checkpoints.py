@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,25 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+@contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    """Every file below `folder` is afterwards what it was."""
+    before = tree(folder)
+    yield
+    assert tree(folder) == before
+
+
+def flipped(name: str, at: int = -1) -> Callable[[Path], None]:
+    """Flips the last bit of one byte of the file `name` of a folder."""
+
+    def edit(folder: Path) -> None:
+        raw = bytearray((folder / name).read_bytes())
+        raw[at] ^= 1
+        (folder / name).write_bytes(raw)
+
+    return edit
 
 
 def read_tensors(folder: Path) -> Tensors:

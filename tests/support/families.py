@@ -96,18 +96,7 @@ def build(family: str, dtype: torch.dtype, cls: Any = None) -> Any:
     torch.manual_seed(0)
     encoder_only = {"is_encoder_decoder": False} if "EncoderModel" in str(cls) else {}
     config = CONFIG_MAPPING[family](**FAMILIES[family].config | encoder_only)
-    return fill((cls or model_class(family))(config), dtype)
-
-
-def fill(model: Any, dtype: torch.dtype) -> Any:
-    model = model.to(dtype).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 and name.rpartition(".")[2] in ("weight", "gamma"):
-                parameter.normal_(std=0.5)
-            elif parameter.dim() > 1 and not parameter.any():
-                parameter.normal_(std=0.02)  # a projector that starts at zero hides its norm
-    return model
+    return tiny.fill((cls or model_class(family))(config), dtype)
 
 
 def gains(model: nn.Module) -> Iterator[Tensor]:

@@ -7,15 +7,20 @@ it can run on, pictures included where a zero-centred norm sits behind them.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCAB = 96
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+_IDS = {"image_token_id": 90, "video_token_id": 91}
+_QWEN_IDS = {**_IDS, "vision_start_token_id": 92, "vision_end_token_id": 93}
 
 _GEMMA: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -34,14 +39,20 @@ _GEMMA2 = {
     "sliding_window": 4,
     "layer_types": ["sliding_attention", "full_attention"],
 }
-_SIGLIP: dict[str, Any] = {
-    "model_type": "siglip_vision_model",
+VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "image_size": 8,
     "patch_size": 2,
+}
+_SIGLIP = {**VISION, "model_type": "siglip_vision_model"}
+_MINICPM_VISION: dict[str, Any] = {
+    **_SIGLIP,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "insert_layer_id": 0,
 }
 _QWEN: dict[str, Any] = {
     **_GEMMA,
@@ -66,18 +77,6 @@ _QWEN_VISION: dict[str, Any] = {
     "out_hidden_size": 32,
     "num_position_embeddings": 16,
 }
-_QWEN_IDS = {
-    "image_token_id": 90,
-    "video_token_id": 91,
-    "vision_start_token_id": 92,
-    "vision_end_token_id": 93,
-}
-_MINICPM_VISION: dict[str, Any] = {
-    **_SIGLIP,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "insert_layer_id": 0,
-}
 _MUSE_VISION: dict[str, Any] = {
     "patch_size": 2,
     "pos_emb_height": 4,
@@ -94,12 +93,7 @@ _MUSE_TEXT: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"],
     "layer_rope_theta": [10000.0, 0],
 }
-_MUSE_OUTER = {
-    "image_token_id": 90,
-    "video_token_id": 91,
-    "out_hidden_size": 16,
-    "projector_hidden_size": 16,
-}
+_MUSE_OUTER = {**_IDS, "out_hidden_size": 16, "projector_hidden_size": 16}
 
 
 def _text(model_type: str, values: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -111,8 +105,7 @@ def _minicpm(vision_type: str) -> dict[str, Any]:
         "text_config": _text("qwen3_5_text", _QWEN),
         "vision_config": {**_MINICPM_VISION, "model_type": vision_type},
         "insert_layer_id": 0,
-        "image_token_id": 90,
-        "video_token_id": 91,
+        **_IDS,
     }
 
 
@@ -142,6 +135,14 @@ _VIDEOPRISM_VISION: dict[str, Any] = {
     "num_spatial_layers": 1,
     "num_temporal_layers": 1,
     "num_auxiliary_layers": 1,
+}
+_MOONSHINE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
 }
 
 #: model type -> what to change in its default config.
@@ -176,13 +177,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "t5gemma2": {
         "encoder": {
+            **_GEMMA3_OUTER,
             "model_type": "t5gemma2_encoder",
             "text_config": _text("t5gemma2_text", _GEMMA2),
-            "vision_config": _SIGLIP,
-            "mm_tokens_per_image": 4,
-            "image_token_index": 90,
-            "boi_token_index": 91,
-            "eoi_token_index": 92,
         },
         "decoder": _text("t5gemma2_decoder", _GEMMA2),
         "image_token_index": 90,
@@ -301,22 +298,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_config": _VIDEOPRISM_VISION,
     },
     "moonshine_streaming": {
-        "encoder_config": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "head_dim": 8,
-            "sliding_windows": [[4, 1], [4, 0]],
-        },
+        "encoder_config": {**_MOONSHINE, "sliding_windows": [[4, 1], [4, 0]]},
         "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 8,
+        **_MOONSHINE,
         "decoder_start_token_id": 1,
         **_TOKENS,
     },
@@ -365,7 +349,12 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0) ->
     """A model with random weights. Every gain is random too, so that a wrong one shows."""
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[model_type](**CONFIGS[model_type])
-    model = getattr(transformers, CLASSES[model_type])(config).to(dtype).eval()
+    return fill(getattr(transformers, CLASSES[model_type])(config), dtype)
+
+
+def fill(model: Any, dtype: torch.dtype) -> Any:
+    """The model in `dtype`, with gains that are random and no projector that is zero."""
+    model = model.to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and name.rpartition(".")[2] in ("weight", "gamma"):
@@ -379,6 +368,18 @@ def save(model_type: str, folder: Path, dtype: torch.dtype = torch.float32) -> P
     """Write a checkpoint as transformers writes it."""
     build(model_type, dtype).save_pretrained(folder)
     return folder
+
+
+def with_norms_near_0(source: Path, out: Path) -> Path:
+    """A copy of a checkpoint whose norms' weights are where gamma - 1 has lost the most."""
+    shutil.copytree(source, out)
+    tensors = load_file(out / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if "norm" in name:
+            tensors[name] = 1e-7 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
 
 
 def inputs(model_type: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from gemma_fold.compare.files.mlx_names import MARKS
 from gemma_fold.compare.files.model import NormFile, Tensor
 from gemma_fold.compare.sides import original_config
 
-_THREADS = 8
 #: What quantizers leave beside a config.json that does not name them.
 _TOOL_FILES = {
     "hf_quant_config.json": "modelopt",
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
 }
+_THREADS = 8
 
 
 def open_folder(source: str) -> NormFile:

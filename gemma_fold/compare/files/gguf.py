@@ -14,11 +14,10 @@ import struct
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from gemma_fold.checkpoint.header import ITEMSIZE
 from gemma_fold.checkpoint.names import shown
-from gemma_fold.checkpoint.regular import open_regular
+from gemma_fold.checkpoint.regular import open_regular, read_range
 from gemma_fold.compare.files.model import MOST_BYTES
 from gemma_fold.errors import CheckpointError
 
@@ -43,6 +42,8 @@ _KEPT = re.compile(
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 Value = int | float | bool | str
+#: A tensor in the header: name, shape, type, and offset from the first one's place.
+_Row = tuple[str, tuple[int, ...], int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,6 @@ class GgufTensor:
     def length(self) -> int:
         """Bytes."""
         return 0 if self.dtype is None else self.size * int(ITEMSIZE[self.dtype])
-
-
-class _Row(NamedTuple):
-    """A tensor as the header describes it; `offset` counts from the first one's place."""
-
-    name: str
-    shape: tuple[int, ...]
-    type_id: int
-    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +96,7 @@ def read_gguf(path: Path) -> Gguf:
 
 def read_tensor(tensor: GgufTensor) -> bytes:
     """The bytes of one tensor."""
-    with open_regular(tensor.path) as file:
-        raw = os.pread(file.fileno(), tensor.length, tensor.start)
-    if len(raw) != tensor.length:
-        raise CheckpointError(f"{tensor.path} shrank while it was read; let its writer finish")
-    return raw
+    return read_range(tensor.path, tensor.start, tensor.start + tensor.length)
 
 
 def _parts(path: Path) -> list[Path]:
@@ -188,7 +176,8 @@ def _description(cursor: _Cursor) -> _Row:
     (dimensions,) = cursor.unpack("I")
     cursor.check(dimensions <= 8, f"tensor {shown(name)} has {dimensions} dimensions")
     shape = cursor.unpack(f"{dimensions}Q")
-    return _Row(name, shape, *cursor.unpack("IQ"))
+    type_id, offset = cursor.unpack("IQ")
+    return name, shape, type_id, offset
 
 
 def _placed(cursor: _Cursor, row: _Row, start: int) -> GgufTensor | None:

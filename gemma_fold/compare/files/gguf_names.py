@@ -17,13 +17,15 @@ from gemma_fold.compare.files.gguf import Value
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.(.+)")
 
 _PRE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_QK = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_TOP = {"output_norm": "model.norm", "norm": "model.norm"}
+_TOP4 = {**_TOP, "per_layer_proj_norm": "model.per_layer_projection_norm"}
 _SANDWICH = {
     "attn_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_QK = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _GEMMA4 = {
     **_SANDWICH,
     **_QK,
@@ -84,8 +86,6 @@ _PLAMO = {
     "post_ffw_norm": "post_mlp_norm",
 }
 _PLAMO3 = {**_PLAMO, "attn_q_norm": "mixer.q_norm", "attn_k_norm": "mixer.k_norm"}
-_TOP = {"output_norm": "model.norm", "norm": "model.norm"}
-_TOP4 = {**_TOP, "per_layer_proj_norm": "model.per_layer_projection_norm"}
 
 
 @dataclass(frozen=True, slots=True)

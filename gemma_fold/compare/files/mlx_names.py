@@ -16,20 +16,5 @@ STORED_AS_GAMMA = {
     "step3p5": "mlx_lm/models/step3p5.py:436-437",
     "muse_spark_text": "mlx_lm/models/muse_spark.py:124,945-946",
 }
-#: Read beside them: `1 + w` when the model runs.
-STORED_AS_W = {
-    "gear": "mlx_lm/models/gear.py:65",
-    "gemma": "mlx_lm/models/gemma.py:34",
-    "gemma2": "mlx_lm/models/gemma2.py:37",
-    "gemma3": "mlx_vlm/models/gemma3/gemma3.py:21",
-    "gemma3_text": "mlx_lm/models/gemma3_text.py:111",
-    "minimax_m3_vl_text": "mlx_lm/models/minimax_m3_vl.py:28",
-    "muse_glimmer_text": "mlx_lm/models/muse_glimmer.py:88",
-    "nemotron": "mlx_lm/models/nemotron.py:56",
-    "plamo2": "mlx_lm/models/plamo2.py:53",
-    "plamo3": "mlx_lm/models/plamo3.py:62-67",
-    "qwen4_exp_text": "mlx_vlm/models/qwen4_exp/language.py:751",
-    "recurrent_gemma": "mlx_lm/models/recurrent_gemma.py:46",
-}
 #: Only MLX names tensors like this, or not at all: see `Converted` in the rules.
 MARKS = ("linear_attn.conv1d.weight", ".mlp.switch_mlp.", ".add_attn_", ".add_ffn_")

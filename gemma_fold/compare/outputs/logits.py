@@ -25,7 +25,7 @@ from gemma_fold.compare.outputs.results import (
     first_difference,
 )
 from gemma_fold.compare.outputs.stats import Rows, compare_rows, join, noisiest, summarize
-from gemma_fold.compare.outputs.tokens import NothingInCommonError, Prompt, Tokens
+from gemma_fold.compare.outputs.tokens import NothingInCommonError, Tokens
 from gemma_fold.compare.outputs.transformers import Model, running
 from gemma_fold.compare.sides import Side
 from gemma_fold.errors import UsageError
@@ -217,22 +217,16 @@ def _against_itself(
 def _continuations(
     tokens: Tokens, a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]
 ) -> tuple[Continuation, ...]:
+    """Continuations of the prompts, compared token by token."""
     return tuple(
-        continuation(tokens, prompt, tuple(one), tuple(two))
+        Continuation(
+            prompt.text or tokens.text(prompt.ids),
+            max(len(one), len(two)),
+            first_difference(one, two),
+            tokens.text(tuple(one)),
+            tokens.text(tuple(two)),
+        )
         for prompt, one, two in zip(tokens.prompts, a, b, strict=False)
-    )
-
-
-def continuation(
-    tokens: Tokens, prompt: Prompt, a: tuple[int, ...], b: tuple[int, ...]
-) -> Continuation:
-    """Two continuations of one prompt, compared token by token."""
-    return Continuation(
-        prompt.text or tokens.text(prompt.ids),
-        max(len(a), len(b)),
-        first_difference(a, b),
-        tokens.text(a),
-        tokens.text(b),
     )
 
 

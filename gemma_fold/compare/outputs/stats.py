@@ -44,7 +44,7 @@ class Rows:
     unlisted: npt.NDArray[np.bool_]
 
 
-def compare_rows(a: Tensor, b: Tensor, targets: Tensor, *, top_k: int = TOP_K) -> Rows:
+def compare_rows(a: Tensor, b: Tensor, targets: Tensor) -> Rows:
     """Compare logits row by row.
 
     a, b: [positions, vocabulary] of any float dtype, on one device. targets: int64 [positions], the
@@ -52,7 +52,7 @@ def compare_rows(a: Tensor, b: Tensor, targets: Tensor, *, top_k: int = TOP_K) -
     """
     step = max(1, (_WORK_ON_CPU if a.device.type == "cpu" else _WORK) // a.shape[1])
     parts = [
-        _compare(a[i : i + step], b[i : i + step], targets[i : i + step], top_k)
+        _compare(a[i : i + step], b[i : i + step], targets[i : i + step])
         for i in range(0, a.shape[0], step)
     ]
     return join(parts)
@@ -69,7 +69,7 @@ def noisiest(runs: Sequence[tuple[Rows, str]]) -> tuple[Rows, str]:
     return max(runs, key=lambda run: float(np.nan_to_num(run[0].kl_ab).mean()))
 
 
-def _compare(a: Tensor, b: Tensor, targets: Tensor, top_k: int) -> Rows:
+def _compare(a: Tensor, b: Tensor, targets: Tensor) -> Rows:
     x = a.double()
     if a.dtype == b.dtype and torch.equal(a, b):
         return _equal_rows(x, targets)
@@ -85,7 +85,7 @@ def _compare(a: Tensor, b: Tensor, targets: Tensor, top_k: int) -> Rows:
     # KL(P||Q) = sum p (log p - log q) = sum p (x - y) - lse(x) + lse(y), and the reverse likewise.
     kl_ab = lse_y - lse_x - (p * delta).sum(-1)
     kl_ba = lse_x - lse_y + (q * delta).sum(-1)
-    k = min(top_k, x.shape[-1])
+    k = min(TOP_K, x.shape[-1])
     top_a, top_b = x.topk(k).indices, y.topk(k).indices
     exact = differing == 0
 

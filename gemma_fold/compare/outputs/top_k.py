@@ -206,14 +206,14 @@ def _texts(
         names = [prompt.text or tokens.text(prompt.ids) for prompt in tokens.prompts]
         return tokens.windows, [prompt.ids for prompt in tokens.prompts], names, tokens.origin
     text, origin = read_text(path)
-    return split_text(text), PROMPTS[:prompts], PROMPTS[:prompts], origin
+    return _passages(text), PROMPTS[:prompts], PROMPTS[:prompts], origin
 
 
-def split_text(text: str, letters: int = _LETTERS) -> list[str]:
-    """Passages of whole lines, of about `letters` characters each."""
+def _passages(text: str) -> list[str]:
+    """Passages of whole lines, of about `_LETTERS` characters each."""
     passages = [""]
     for line in text.splitlines(keepends=True):
-        if len(passages[-1]) + len(line) > letters and passages[-1]:
+        if len(passages[-1]) + len(line) > _LETTERS and passages[-1]:
             passages.append("")
         passages[-1] += line
     return [passage for passage in passages if passage.strip()]

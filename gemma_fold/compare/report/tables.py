@@ -12,6 +12,7 @@ from gemma_fold.compare.report.verdict import DiffReport, SideInfo
 from gemma_fold.compare.weights.norms import NormStats, Spread, TensorClass
 from gemma_fold.compare.weights.tensors import TensorDiff, Weights
 from gemma_fold.rules.model import shorten
+from gemma_fold.text import cut
 
 _LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
@@ -168,7 +169,7 @@ def greedy_table(outputs: Outputs) -> Table:
     rows = []
     for item in outputs.greedy:
         where = "same" if item.diverges_at is None else f"diverges at token {item.diverges_at + 1}"
-        rows.append([_one_line(item.prompt, 60), str(item.tokens), where])
+        rows.append([cut(" ".join(item.prompt.split()), 60), str(item.tokens), where])
     return Table("Greedy continuations", ("PROMPT", "TOKENS", "RESULT"), rows)
 
 
@@ -235,8 +236,3 @@ def join_stats(members: Sequence[NormStats]) -> NormStats:
         max_ulp=max(m.max_ulp for m in members),
         histogram=tuple(sum(c) for c in zip(*(m.histogram for m in members), strict=True)),
     )
-
-
-def _one_line(text: str, limit: int) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else flat[: limit - 3] + "..."

@@ -10,6 +10,7 @@ from gemma_fold.compare.report import evidence
 from gemma_fold.compare.structure import Structure
 from gemma_fold.compare.weights.norms import TensorClass
 from gemma_fold.compare.weights.tensors import TensorDiff, Weights
+from gemma_fold.text import cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ def _structure_reasons(structure: Structure, weights: Weights | None) -> Iterato
         count = len(structure.config)
         yield (
             f"{count} config key{'s'[: count != 1]} differ{'s'[: count == 1]} "
-            f"({first.name}: {_short(first.a)} and {_short(first.b)})"
+            f"({first.name}: {cut(first.a, 40)} and {cut(first.b, 40)})"
         )
 
 
@@ -176,7 +177,3 @@ _ASSURED = {
     TensorClass.NOT_FOLDED: "norms not folded",
     TensorClass.UNEXPECTED: "norms different",
 }
-
-
-def _short(text: str, limit: int = 40) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."

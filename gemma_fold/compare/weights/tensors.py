@@ -60,10 +60,6 @@ class Weights:
     compared: int
     files: tuple[str, ...]
 
-    def of(self, found: TensorClass) -> tuple[TensorDiff, ...]:
-        """The tensors of one class, as far as they are listed."""
-        return tuple(t for t in (*self.norms, *self.others) if t.found is found)
-
     @property
     def same(self) -> bool:
         """Whether a model computes the same with either side's weights."""

@@ -279,7 +279,7 @@ class _Follower:
 
     # Expressions
 
-    def _expressions(self, node: ast.AST, use: str = "is used") -> tuple[Value, ...]:
+    def _expressions(self, node: ast.AST) -> tuple[Value, ...]:
         """The values of the expressions right inside `node`."""
         found = []
         for child in ast.iter_child_nodes(node):

@@ -137,12 +137,15 @@ class _Decoder:
     def run(self) -> int:
         for layer in self._layers:
             if self._family.attention:
-                self._norms += adopt_qk_norms(
+                norms, mode = adopt_qk_norms(
                     layer.self_attn,
                     self._native.vllm_config,
                     self._loader,
                     self._family.attention,
                 )
+                self._norms += norms
+                if mode is not None:
+                    self._native.tally.qk_modes.append(mode)
             self._inside(layer)
         self._adopt(self._layers[0].input_layernorm, NativeNorm)
         for layer, follower in pairwise(self._layers):

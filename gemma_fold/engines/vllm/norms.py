@@ -7,12 +7,14 @@ copy without asking a loader, and fail on the shape.
 If vLLM's layer calls two norms in a row, the first one passes its input on, and the second one does
 the work of both, together with the all-reduce before them if that was left to it.
 
-The norms of q and k have three modes:
+The norms of q and k have four modes:
 
 * fused: one launch norms every q and k head in place, right after their projection. The best if
   each kernel is launched by itself.
 * inline: an expression, which a compiler fuses with the rotary embedding that follows.
 * separate: one operator for q and one for k, if an adapter may replace the projection.
+* cached: with the rotary embedding and the write of the KV cache, as `cached.py` says. The default
+  where the layer allows it; where it does not, the log says why.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from vllm.config import CompilationMode
+from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 
 from gemma_fold import ops
@@ -29,6 +32,8 @@ from gemma_fold.engines.known_code import statements_digest
 from gemma_fold.engines.mode import requested
 from gemma_fold.engines.vllm.weights import Loader
 from gemma_fold.engines.weights import fold
+
+logger = init_logger("vllm.gemma_fold")
 
 Normed = Tensor | tuple[Tensor, Tensor]
 
@@ -111,46 +116,69 @@ def adopt(module: nn.Module, cls: type[NativeNorm], loader: Loader) -> NativeNor
     return module
 
 
-QkMode = Literal["fused", "inline", "separate"]
+QkMode = Literal["fused", "inline", "separate", "cached"]
 
 VARIABLE = "GEMMA_FOLD_QK"
 _CLASSES: dict[QkMode, type[NativeNorm]] = {
     "fused": PassedNorm,
     "inline": InlineNorm,
     "separate": NativeNorm,
+    "cached": PassedNorm,
 }
 
 
-def choose_qk_mode(vllm_config: Any) -> QkMode:
-    """How q and k are normed.
+def wanted_qk_mode() -> QkMode | None:
+    """How q and k are to be normed; None if nobody said.
 
     Raises:
         UsageError: `GEMMA_FOLD_QK` has another value.
     """
     wanted = requested(VARIABLE, _CLASSES)
-    for mode in _CLASSES:
-        if wanted == mode:
-            return mode
+    return next((mode for mode in _CLASSES if wanted == mode), None)
+
+
+def _uncached_qk_mode(vllm_config: Any) -> QkMode:
     if vllm_config.compilation_config.mode != CompilationMode.NONE:
         return "inline"
     return "separate" if vllm_config.lora_config is not None else "fused"
 
 
-def adopt_qk_norms(attention: Any, vllm_config: Any, loader: Loader, forward: str) -> int:
-    """Turn the q and k norms of `attention` native, in place; returns how many.
+def adopt_qk_norms(
+    attention: Any, vllm_config: Any, loader: Loader, forward: str
+) -> tuple[int, QkMode | None]:
+    """Turn the q and k norms of `attention` native, in place; returns how many, and their mode.
 
     `forward` is the digest of the attention that was read; another one keeps vLLM's norms.
     """
     if statements_digest(type(attention).forward) != forward or not all(
         type(getattr(attention, name, None)) is GemmaRMSNorm for name in ("q_norm", "k_norm")
     ):
-        return 0
-    mode = choose_qk_mode(vllm_config)
+        return 0, None
+    mode = wanted_qk_mode() or "cached"
+    if mode == "cached" and (reason := _not_cached(attention, vllm_config)):
+        say = logger.info_once if wanted_qk_mode() is None else logger.warning_once
+        say("gemma-fold: vLLM rotates q and k and writes the KV cache: %s", reason)
+        mode = _uncached_qk_mode(vllm_config)
     for norm in (attention.q_norm, attention.k_norm):
         adopt(norm, _CLASSES[mode], loader)
+    if mode == "cached":
+        from gemma_fold.engines.vllm.cached import take_over
+
+        take_over(attention, vllm_config)
     if mode == "fused":
         attention.qkv_proj.register_forward_hook(_QkHook(attention))
-    return 2
+    return 2, mode
+
+
+def _not_cached(attention: Any, vllm_config: Any) -> str:
+    """Why vLLM is to write the cache of `attention`; empty if it need not."""
+    try:
+        # Imported here: other modes need none of it.
+        from gemma_fold.engines.vllm.cached import problem
+
+        return problem(attention, vllm_config)
+    except (ImportError, AttributeError) as error:
+        return f"vLLM has changed: {error}"
 
 
 class _QkHook:

@@ -224,12 +224,23 @@ def _make_native(model: nn.Module, loading: Loading) -> None:
     loading.tally.native += norms
     if norms:
         logger.info_once(
-            "gemma-fold: native mode, %d norms with fp32 gamma; %s; %s",
+            "gemma-fold: native mode, %d norms with fp32 gamma; %s%s; %s",
             norms,
+            _explain_qk(loading.tally),
             "vLLM does the all-reduces" if workspace is None else find(workspace).explain(),
             _explain_linear(loading),
         )
         _separate_compile_cache(loading)
+
+
+def _explain_qk(tally: Tally) -> str:
+    """How the norms of q and k run; empty if none is native."""
+    modes = sorted(set(tally.qk_modes))
+    how = {"cached": "with the rotary embedding and the KV cache's write"}
+    return "".join(
+        f"those of q and k in {tally.qk_modes.count(mode)} layers {how.get(mode, mode)}; "
+        for mode in modes
+    )
 
 
 def _explain_linear(loading: Loading) -> str:
@@ -248,11 +259,9 @@ def _explain_linear(loading: Loading) -> str:
 
 def _separate_compile_cache(loading: Loading) -> None:
     """vLLM finds compiled graphs by its config, which must show that these are other graphs."""
-    from gemma_fold.engines.vllm.norms import choose_qk_mode
-
     vllm_config = loading.vllm_config
     if isinstance(vllm_config.additional_config, dict):
-        chosen = f"{choose_qk_mode(vllm_config)} {loading.tally.streamed}"
+        chosen = f"{loading.tally.qk_modes} {loading.tally.streamed}"
         vllm_config.additional_config["gemma_fold"] = f"{__version__} {chosen}"
     else:  # a platform's own object, whose hash does not cover this
         os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"

@@ -36,7 +36,8 @@ _CLASSES: dict[str, float | str] = {
 class Tally:
     """How many zero-centred norms a model has, and what they took while it was loaded.
 
-    Also how many of its linear layers stream their weight in native mode.
+    Also how many of its linear layers stream their weight in native mode, and the mode of each
+    layer's q and k norms.
     """
 
     def __init__(self) -> None:
@@ -46,6 +47,7 @@ class Tally:
         self.raw = 0
         self.linear = 0
         self.streamed = 0
+        self.qk_modes: list[str] = []
 
     @property
     def norms(self) -> int:

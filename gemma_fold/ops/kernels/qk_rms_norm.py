@@ -11,6 +11,17 @@ STEPS = ["q_step", "k_step", "q_head_step", "k_head_step"]
 
 
 @triton.jit
+def either(first, one, other, cols):
+    """The columns ``cols`` of the rows at ``one`` where ``first`` [M, 1], else at ``other``.
+
+    A pointer is chosen, not a value: only the row that is wanted is loaded. Columns are added
+    before the choice, because Triton 3.8 forgets how a chosen [M, 1] pointer is aligned and then
+    moves one element at a time.
+    """
+    return tl.where(first, one + cols, other + cols)
+
+
+@triton.jit
 def heads(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_gamma_ptr, k_gamma_ptr, n_rows,
     q_step, k_step, q_head_step, k_head_step,
@@ -30,15 +41,14 @@ def heads(
     is_q = head < Q_HEADS
     q_at = q_ptr + (token * q_step + head * q_head_step) * UNIT
     k_at = k_ptr + (token * k_step + (head - Q_HEADS) * k_head_step) * UNIT
-    # Choosing a pointer, not a value: each head loads only its own row and its own gamma.
-    at = tl.where(is_q, q_at, k_at) + cols
+    at = either(is_q, q_at, k_at, cols)
     if IN_PLACE:
         out_at = at
     else:
         q_out_at = q_out_ptr + (token * out_q_step + head * out_q_head_step) * UNIT
         k_out_at = k_out_ptr + (token * out_k_step + (head - Q_HEADS) * out_k_head_step) * UNIT
-        out_at = tl.where(is_q, q_out_at, k_out_at) + cols
-    gamma_at = tl.where(is_q, q_gamma_ptr, k_gamma_ptr) + cols
+        out_at = either(is_q, q_out_at, k_out_at, cols)
+    gamma_at = either(is_q, q_gamma_ptr, k_gamma_ptr, cols)
     return at, out_at, gamma_at, live, rows, token
 
 

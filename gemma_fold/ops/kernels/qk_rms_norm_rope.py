@@ -72,6 +72,53 @@ def _rotate(
     return out
 
 
+@triton.jit
+def turning(BLOCK: tl.constexpr, H2: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The pair of each column, and whether it rotates: [1, BLOCK], or [1, BLOCK / 2] of pairs."""
+    if INTERLEAVED:
+        pair = tl.arange(0, BLOCK // 2)[None, :]
+        rotates = pair < H2
+    else:
+        cols = tl.arange(0, BLOCK)[None, :]
+        pair = cols % H2
+        rotates = cols < 2 * H2
+    return pair, rotates
+
+
+@triton.jit
+def load_turns(
+    cos_sin_ptr, position, step, n_positions, pair, wanted, H2: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """Cosines and sines of each ``pair`` at ``position``, where ``wanted``.
+
+    A position that the table does not hold reads nothing and gives NaN.
+    """
+    held = (position >= 0) & (position < n_positions) & wanted
+    at = cos_sin_ptr + position * (step * UNIT) + pair
+    cos = tl.load(at, mask=held, other=float("nan"))
+    sin = tl.load(at + H2, mask=held, other=float("nan"))
+    return cos, sin
+
+
+@triton.jit
+def norm_and_rotate(
+    x, gamma, cos, sin, eps, H: tl.constexpr, H2: tl.constexpr, BLOCK: tl.constexpr,
+    M: tl.constexpr, INTERLEAVED: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """fp32 heads [M, BLOCK], normed, rounded to the dtype of ``x`` and rotated.
+
+    Products are rounded to the dtype of ``cos``: torch computes them in the wider of the two.
+    """
+    dtype: tl.constexpr = x.dtype
+    product_dtype: tl.constexpr = cos.dtype
+    x = x.to(tl.float32)
+    cos = cos.to(tl.float32)
+    sin = sin.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / H + eps)
+    y = R.rounded(x * rstd * gamma, dtype, NVIDIA)
+    return _rotate(y, cos, sin, H2, BLOCK, M, INTERLEAVED, product_dtype, NVIDIA)
+
+
 @triton.jit(
     do_not_specialize=[
         "n_rows",
@@ -97,21 +144,12 @@ def qk_rms_norm_rope_kernel(
     NVIDIA: tl.constexpr,  # compiled for NVIDIA: neither ROCm nor the interpreter
     INTERLEAVED: tl.constexpr,  # pairs are neighbours, not halves
 ):  # fmt: skip
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    # What torch computes the products in: the wider of the two dtypes.
-    product_dtype: tl.constexpr = cos_sin_ptr.dtype.element_ty
     at, out_at, gamma_at, live, rows, token = heads(
         q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_gamma_ptr, k_gamma_ptr, n_rows, q_step, k_step,
         q_head_step, k_head_step, out_q_step, out_k_step, out_q_head_step, out_k_head_step,
         UNIT, Q_HEADS, K_HEADS, H, BLOCK, M, IN_PLACE,
     )  # fmt: skip
-    cols = tl.arange(0, BLOCK)[None, :]
-    if INTERLEAVED:
-        pair = tl.arange(0, BLOCK // 2)[None, :]
-        rotates = pair < H2
-    else:
-        pair = cols % H2
-        rotates = cols < 2 * H2
+    pair, rotates = turning(BLOCK, H2, INTERLEAVED)
     R.wait_for_previous(PDL)
     if positions_ptr is None:
         position = token
@@ -119,16 +157,9 @@ def qk_rms_norm_rope_kernel(
         position = tl.load(positions_ptr + token, mask=rows < n_rows, other=0).to(tl.int64)
     x = tl.load(at, mask=live, other=0.0)
     gamma = tl.load(gamma_at, mask=live, other=0.0)
-    # A position that the table does not hold reads nothing and gives NaN.
-    held = (position >= 0) & (position < n_positions) & rotates
-    cos_at = cos_sin_ptr + position * (cos_sin_step * COS_SIN_UNIT) + pair
-    cos = tl.load(cos_at, mask=held, other=float("nan"))
-    sin = tl.load(cos_at + H2, mask=held, other=float("nan"))
+    cos, sin = load_turns(
+        cos_sin_ptr, position, cos_sin_step, n_positions, pair, rotates, H2, COS_SIN_UNIT
+    )
     R.fence(True, PDL)
-    x = x.to(tl.float32)
-    cos = cos.to(tl.float32)
-    sin = sin.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / H + eps)
-    y = R.rounded(x * rstd * gamma, dtype, NVIDIA)
-    out = _rotate(y, cos, sin, H2, BLOCK, M, INTERLEAVED, product_dtype, NVIDIA)
-    tl.store(out_at, out.to(dtype), mask=live)
+    out = norm_and_rotate(x, gamma, cos, sin, eps, H, H2, BLOCK, M, INTERLEAVED, NVIDIA)
+    tl.store(out_at, out.to(q_ptr.dtype.element_ty), mask=live)

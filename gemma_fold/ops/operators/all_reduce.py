@@ -118,9 +118,9 @@ class _Reduced(RowOperator[Outputs]):
         *_, post_eps, pre_eps = 0.0, *eps
         exchange.run(self.kernel, x, y, residual, total, (post, pre), (post_eps, pre_eps), *fp8)
 
-    def like(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def like(self, x: Tensor) -> Tensor:
         """Outputs are contiguous."""
-        return x.new_empty(x.shape, dtype=dtype)
+        return x.new_empty(x.shape)
 
 
 _add = _Reduced(add_rms_norm.operator, "add_norm")

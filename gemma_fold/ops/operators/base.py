@@ -337,7 +337,7 @@ class RowOperator(Operator[R]):
             if checks.reference_runs(x):
                 outputs: Any = self.reference(*tensors, *rest)
                 y, *total = outputs if self.adds else (outputs,)
-                return (*quantize(y, scale), *total)
+                return (*(q.contiguous() for q in quantize(y, scale)), *total)
             checks.check_fp8(x)
             mode = "per_token" if scale is None else "static"
             plan = _remember(key, self._plan_rows(tensors, mode))
@@ -364,19 +364,32 @@ class RowOperator(Operator[R]):
         y, scales, *total = self.call_fp8(tensors, others, scale, bare)
         return (y, scales if scale is None else scales.new_empty(0), *total)
 
-    def like(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the fakes say of an output shaped like ``x``."""
-        return checks.empty_rows(x, dtype)
+    def like(self, x: Tensor) -> Tensor:
+        """What the fakes say of an output shaped like ``x`` and of its dtype."""
+        return checks.empty_rows(x)
 
     def _outputs(self, x: Tensor, *others: Any) -> Any:
-        y = self.like(x, x.dtype)
-        return (y, self.like(x, x.dtype)) if self.adds else y
+        y = self.like(x)
+        return (y, self.like(x)) if self.adds else y
 
     def _outputs_fp8(self, x: Tensor, *others: Any) -> Any:
         shape = (*x.shape[:-1], 1) if others[-1] is None else (0,)
         scales = x.new_empty(shape, dtype=torch.float32)
-        total = [self.like(x, x.dtype)] * self.adds
-        return (self.like(x, FP8), scales, *total)
+        total = [self.like(x)] * self.adds
+        return (x.new_empty(x.shape, dtype=FP8), scales, *total)
+
+
+def check_heads(q: Tensor, k: Tensor, q_gamma: Tensor, k_gamma: Tensor) -> None:
+    """Raises TypeError or ValueError unless q and k are heads of the same tokens, with gammas."""
+    for name, heads, gamma in (("q", q, q_gamma), ("k", k, k_gamma)):
+        checks.check_activation(heads, name)
+        checks.check_gamma(gamma, heads, f"{name}_gamma")
+        if heads.dim() < 2 or heads.shape[-2] == 0:
+            raise ValueError(f"{name} must be [..., heads, head_dim], not {list(heads.shape)}")
+    if q.dtype != k.dtype or q.device != k.device:
+        raise TypeError(f"q ({q.dtype}, {q.device}) and k ({k.dtype}, {k.device}) must match")
+    if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} may differ only in heads")
 
 
 class HeadsOperator(Operator[tuple[Tensor, Tensor]]):
@@ -409,15 +422,7 @@ class HeadsOperator(Operator[tuple[Tensor, Tensor]]):
     def check(self, *tensors: Any) -> None:
         """Raises TypeError or ValueError for operands that the kernel does not take."""
         q, k, q_gamma, k_gamma, *others = tensors
-        for name, heads, gamma in (("q", q, q_gamma), ("k", k, k_gamma)):
-            checks.check_activation(heads, name)
-            checks.check_gamma(gamma, heads, f"{name}_gamma")
-            if heads.dim() < 2:
-                raise ValueError(f"{name} must be [..., heads, head_dim], not {list(heads.shape)}")
-        if q.dtype != k.dtype or q.device != k.device:
-            raise TypeError(f"q ({q.dtype}, {q.device}) and k ({k.dtype}, {k.device}) must match")
-        if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
-            raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} may differ only in heads")
+        check_heads(q, k, q_gamma, k_gamma)
         if self.check_others is not None:
             self.check_others(q, *others)
 

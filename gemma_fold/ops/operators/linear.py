@@ -285,10 +285,6 @@ def gelu_linear(x: Tensor, weight: Tensor) -> Tensor:
         weight: [2 I, K], dtype of ``x``: the gates G, then U.
 
     Returns:
-        [..., I], dtype of ``x``.
-
-    Raises:
-        TypeError: the dtypes differ.
-        ValueError: the shapes do not fit, or the devices differ.
+        [..., I], dtype of ``x``. It raises what ``linear`` raises.
     """
     return _gelu_linear(x, weight)

@@ -27,7 +27,7 @@ def plan(q: Tensor, k: Tensor, in_place: bool) -> Plan:
     from gemma_fold.ops.kernels.qk_rms_norm import qk_rms_norm_kernel
     from gemma_fold.ops.launch import plan_heads
 
-    return plan_heads(qk_rms_norm_kernel, q, k, in_place)
+    return plan_heads(qk_rms_norm_kernel, (q, k), in_place)
 
 
 operator = HeadsOperator(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from gemma_fold.ops.launch import Plan
 
 
+def rows_at(cos_sin: Tensor, positions: Tensor) -> Tensor:
+    """The rows of a table [n, rotary_dim] at ``positions`` [...]: NaN outside [0, n)."""
+    held = (positions >= 0) & (positions < cos_sin.shape[0])
+    taken = cos_sin[positions.long().clamp(0, cos_sin.shape[0] - 1)]
+    return taken.masked_fill(~held.unsqueeze(-1), float("nan"))
+
+
 def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor | None, interleaved: bool) -> Tensor:
     """Rotary embedding of the first ``rotary_dim`` columns of ``x`` [..., heads, head_dim].
 
@@ -24,9 +31,7 @@ def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor | None, interleaved: bo
     A position outside [0, n) gives NaN.
     """
     if positions is not None:
-        held = (positions >= 0) & (positions < cos_sin.shape[0])
-        taken = cos_sin[positions.long().clamp(0, cos_sin.shape[0] - 1)]
-        cos_sin = taken.masked_fill(~held.unsqueeze(-1), float("nan"))
+        cos_sin = rows_at(cos_sin, positions)
     cos, sin = cos_sin.unsqueeze(-2).chunk(2, dim=-1)
     rotary_dim = cos_sin.shape[-1]
     turning = x[..., :rotary_dim]
@@ -57,18 +62,25 @@ def plan(
     from gemma_fold.ops import launch
     from gemma_fold.ops.kernels.qk_rms_norm_rope import qk_rms_norm_rope_kernel
 
+    scalars, extra = plan_table(cos_sin, interleaved)
+    return launch.plan_heads(qk_rms_norm_rope_kernel, (q, k), in_place, scalars, extra)
+
+
+def plan_table(cos_sin: Tensor, interleaved: bool) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The step of its rows and their number, and the constants of a kernel that reads them."""
+    from gemma_fold.ops import launch
+
     unit, steps = launch.steps(cos_sin, (checks.row_stride(cos_sin, "cos_sin"),))
-    extra = {
+    constants = {
         "COS_SIN_UNIT": unit,
         "H2": cos_sin.shape[-1] // 2,
         "NVIDIA": launch.on_nvidia(),
         "INTERLEAVED": interleaved,
     }
-    scalars = (*steps, cos_sin.numel() // cos_sin.shape[-1])
-    return launch.plan_heads(qk_rms_norm_rope_kernel, q, k, in_place, scalars, extra)
+    return (*steps, cos_sin.numel() // cos_sin.shape[-1]), constants
 
 
-def _check_rotary(q: Tensor, cos_sin: Tensor, positions: Tensor | None) -> None:
+def check_rotary(q: Tensor, cos_sin: Tensor, positions: Tensor | None) -> None:
     """``cos_sin`` must hold a row for each token of ``q`` [..., heads, head_dim], or a table."""
     if cos_sin.dtype not in (q.dtype, torch.float32):
         raise TypeError(f"cos_sin must be float32 or {q.dtype} as q is, not {cos_sin.dtype}")
@@ -111,7 +123,7 @@ operator = HeadsOperator(
     reference,
     plan,
     instead="rms_norm and a rotary embedding of its own",
-    check_others=_check_rotary,
+    check_others=check_rotary,
 )
 
 

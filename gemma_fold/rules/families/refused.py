@@ -9,18 +9,23 @@ _DIFFUSION = (
     "its weight files have no names that a rule could be tested on; "
     "fold the text encoder's own folder instead"
 )
-_READ = "SGLang 0.5.23 multimodal_gen/runtime/models/"
+
+
+def _seen(place: str) -> Evidence:
+    """Read in SGLang: `place` is file and line below the models of its generation."""
+    return Evidence("read", f"SGLang 0.5.23 multimodal_gen/runtime/models/{place}")
+
 
 REFUSED = (
     Family(
         model_types=("QwenImage21Transformer2DModel",),
         refuse=f"text_norm of this diffusion transformer is zero-centred, and {_DIFFUSION}",
-        evidence=Evidence("read", _READ + "dits/qwen_image21.py:283-302"),
+        evidence=_seen("dits/qwen_image21.py:283-302"),
     ),
     Family(
         model_types=("Krea2Transformer2DModel",),
         refuse=f"all RMSNorms of this diffusion transformer are zero-centred, and {_DIFFUSION}",
-        evidence=Evidence("read", _READ + "dits/krea2.py:175-193"),
+        evidence=_seen("dits/krea2.py:175-193"),
     ),
     Family(
         model_types=("pi05",),
@@ -28,7 +33,7 @@ REFUSED = (
             "the norms of its action expert compute their gain from the time step, "
             "so there is no weight to fold"
         ),
-        evidence=Evidence("read", _READ + "vlas/pi05_core.py:123-160"),
+        evidence=_seen("vlas/pi05_core.py:123-160"),
     ),
     Family(
         model_types=("musespark1x_text",),
