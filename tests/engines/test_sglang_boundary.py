@@ -147,6 +147,36 @@ def test_a_fusion_that_was_planned_before_the_norm_was_native_declines(
     assert run(norms["stock"]) == "fused" and asked == [norms["stock"].gemma_weight]
 
 
+def test_the_push_plane_declines_though_it_was_planned_before(
+    norms: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last layer, too, may not defer to a final norm, which would read the rounded gain."""
+    push = pytest.importorskip(f"{_FUSIONS}.custom_all_reduce_fusion")
+    scattered = SimpleNamespace(input_scattered=False)
+    exec_ = SimpleNamespace(comm=SimpleNamespace(enable_quant_communications=False))
+    for name, value in (
+        ("get_exec", exec_),
+        ("get_attn_tp_context", scattered),
+        ("is_in_breakable_cuda_graph", False),
+        ("can_fuse_all_reduce", True),
+    ):
+        monkeypatch.setattr(push, name, lambda *_, value=value: value)
+    mode = SimpleNamespace(is_decode=lambda: True)
+    batch = SimpleNamespace(forward_mode=mode, can_run_tbo=False, input_ids=torch.ones(2))
+    fusion = push.CustomAllReduceFusion(hidden_size=64, defers_finalize=True)
+    layer = torch.nn.Module()
+    layer.__dict__["ffn_boundary"] = SimpleNamespace(fusions=fusion)
+
+    def defers(norm: Any) -> bool:
+        whole = SimpleNamespace(sharded=())
+        plan = SimpleNamespace(norm=norm, terminal=True, fused_input_rows=lambda batch: whole)
+        return bool(fusion.can_defer_finalize(plan, batch))
+
+    assert push.install_terminal_finalize([layer], norms["native"]) is None
+    assert push.install_terminal_finalize([layer], norms["stock"]) is fusion
+    assert defers(norms["stock"]) and not defers(norms["native"])
+
+
 def test_quantized_outputs_are_declined(norms: dict[str, Any]) -> None:
     """On AMD, where SGLang would go on with the gain in 16 bits."""
     from sglang.srt.layers import layernorm
