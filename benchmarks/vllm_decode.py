@@ -7,8 +7,7 @@
 Two engines live side by side, each in processes of its own, with the same options and random
 weights, and take turns: in every repeat, at every concurrency, one after the other. Stock is vLLM
 with its default compilation and its all-reduce + norm fusion on; ours is the same with
-GEMMA_FOLD=native, on the same original config. While one runs, the other one's processes are
-stopped, so that they take no core from it. A time per output token is that between two engine
+GEMMA_FOLD=native, on the same original config. A time per output token is that between two engine
 outputs that hold one token of every sequence; prefill does not count. Tokens per second are those
 of the whole batch, with its prefill.
 """
@@ -19,7 +18,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -114,16 +112,8 @@ class Child:
         return json.loads(line)
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        """The answer of an engine that stands still before and after."""
-        os.killpg(self._process.pid, signal.SIGCONT)
         self._commands.write(json.dumps(command) + "\n")
-        answer = self.read()
-        self.pause()
-        return answer
-
-    def pause(self) -> None:
-        """Its processes would take cores from the engine whose turn it is."""
-        os.killpg(self._process.pid, signal.SIGSTOP)
+        return self.read()
 
     def native_lines(self) -> list[str]:
         """What gemma-fold said while the engine started."""
@@ -131,7 +121,6 @@ class Child:
 
     def stop(self) -> None:
         with suppress(OSError, subprocess.TimeoutExpired):
-            os.killpg(self._process.pid, signal.SIGCONT)
             self._commands.write('{"do": "exit"}\n')
             self._process.wait(30)
         engines.stop(self._process)
@@ -301,8 +290,6 @@ def main() -> None:
         for child in children:
             print(f"{child.impl}: {about[child.impl]}", *child.native_lines(), sep="\n  ")
         print(f"both engines up after {time.perf_counter() - start:.0f} s", flush=True)
-        for child in children:
-            child.pause()
         for own in options.values():
             own.pop("profiler_config", None)  # off while anything is timed
         write = partial(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.report import (
     all_reduce,
+    cache_write,
     checks,
     commands,
     engines,
@@ -60,6 +61,7 @@ TABLES: dict[str, Block] = {
     "all_reduce_stress": all_reduce.stress,
     "all_reduce_two_shot": all_reduce.two_shot,
     "batch_invariance": engines.batch_invariance,
+    "cache_write": cache_write.cache_write,
     "commands": commands.reference,
     "convert": measurements.convert,
     "crash_matrix": evidence.crash_matrix,

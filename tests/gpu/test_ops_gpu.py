@@ -59,8 +59,11 @@ def test_a_zero_centred_weight_gives_the_bits_of_its_gamma(
     tokens: int, hidden: int, stored: torch.dtype, dtype: torch.dtype
 ) -> None:
     x, weight = rows((tokens, hidden), dtype, 1, "cuda"), gamma(hidden, 3, "cuda").to(stored)
-    want = ops.rms_norm(x, 1.0 + weight.float(), EPS)
-    assert torch.equal(ops.rms_norm_zero_centered(x, weight, EPS), want)
+    got = ops.rms_norm_zero_centered(x, weight, EPS)
+    if hidden * x.element_size() % 16:  # the sum over a row may run in another order
+        assert ulps(got, exact_norm(x, 1.0 + weight.double(), EPS), dtype) <= LIMIT[dtype]
+    else:
+        assert torch.equal(got, ops.rms_norm(x, 1.0 + weight.float(), EPS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -28,7 +28,8 @@ def rms_norm_zero_centered(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tens
     """RMSNorm with gain 1 + w. ``x``: [..., H]; ``weight``: w, bf16, fp16 or fp32 [H].
 
     For models that are not folded: the bits of :func:`rms_norm` with ``gamma = 1 + w`` in fp32,
-    which is added in registers. ``x`` may lie as for :func:`rms_norm`. Differentiable in both;
+    which is added in registers. Where a row is not a multiple of 16 bytes, the sum over it may run
+    in another order than there. ``x`` may lie as for :func:`rms_norm`. Differentiable in both;
     the gradient of ``weight`` has its dtype.
     """
     return operator.call((x, weight), (eps,))
