@@ -57,9 +57,11 @@ $(SGLANG)/.complete: pyproject.toml constraints-sglang.txt tests/engines/sglang_
 	$(SGLANG)/bin/python tests/engines/sglang_setup.py
 	touch $@
 
+# vLLM brings the newest Triton, which compiles the kernels once more.
 engines: $(VLLM)/.complete $(SGLANG)/.complete .cache/gemma-3-270m ## the tests that need vLLM or SGLang, each in its environment
 	both="-m engine --durations=20 tests/engines/test_attach_handed.py tests/rules/test_survey.py"; \
 	$(VLLM)/bin/pytest $$both tests/engines/test_vllm*.py; vllm=$$?; \
+	$(VLLM)/bin/pytest -m slow tests/ops/test_compiles.py || vllm=1; \
 	$(SGLANG)/bin/pytest $$both tests/engines/test_sglang*.py; sglang=$$?; \
 	exit $$((vllm || sglang))
 

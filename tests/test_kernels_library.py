@@ -5,6 +5,7 @@ transformers takes one minor release of `kernels` and says that there is none be
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 from collections.abc import Iterator
@@ -74,10 +75,13 @@ def norms(model: Any, model_type: str) -> list[Any]:
 
 
 def is_ours(module: Any, folder: Path) -> bool:
+    """By the package's name: a copy of it that was imported before is the same one."""
     forward = module.__dict__.get("forward")
     if not isinstance(forward, MethodType):
         return False
-    return Path(forward.__func__.__code__.co_filename).is_relative_to(folder)
+    variants = folder.glob("build/*/metadata.json")
+    names = {json.loads(path.read_text())["id"] for path in variants}
+    return forward.__func__.__module__.split(".")[0] in names
 
 
 @pytest.mark.parametrize(
