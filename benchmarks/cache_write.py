@@ -22,10 +22,10 @@ from torch import Tensor
 
 from benchmarks.graph_timing import Call, measure
 from benchmarks.norm_peers import EPS, FP8
-from benchmarks.norms import FEWEST_CALLS, drop_failing, in_turn
+from benchmarks.norms import FEWEST_CALLS, drop_failing, record
 from benchmarks.qk_peers import POSITIONS, one_after_another
 from benchmarks.result import COPY, OURS, Row, Settings
-from benchmarks.run import add_options, gpus, versions, write
+from benchmarks.run import add_options, versions
 from gemma_fold import ops
 from gemma_fold.ops.operators.qk_rms_norm_rope import rotate
 
@@ -297,20 +297,14 @@ def main() -> int:
     args.peers = []  # what benchmarks.norms would load
     dtypes = {"bf16": torch.bfloat16, "e4m3": FP8}
     kinds = {name: dtypes[name] for name in args.caches}
-    rows, failed = in_turn([partial(prepare, model, kinds) for model in args.models], args)
-    if not rows:
-        return 1
-    write(
+    return record(
+        [partial(prepare, model, kinds) for model in args.models],
         args,
         "cache_write",
-        machine=gpus(1),
         versions=versions("torch", "triton", "vllm"),
         settings=SETTINGS,
         measures=MEASURES,
-        rows=rows,
     )
-    print(f"{len(rows)} rows in {args.out}")
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":

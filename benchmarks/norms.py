@@ -242,6 +242,16 @@ def in_turn(jobs: list[Any], args: argparse.Namespace) -> tuple[list[Row], bool]
     return sorted(rows, key=lambda row: (*row.case.values(), row.impl)), bool(failures)
 
 
+def record(jobs: list[Any], args: argparse.Namespace, what: str, **about: Any) -> int:
+    """Writes what the jobs measured, with what `run.write` is told about it; the exit code."""
+    rows, failed = in_turn(jobs, args)
+    if not rows:
+        return 1
+    write(args, what, machine=gpus(1), rows=rows, **about)
+    print(f"{len(rows)} rows in {args.out}")
+    return 1 if failed else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", default=list(peers.BYTES))
@@ -260,20 +270,14 @@ def main() -> int:
         jobs += [partial(prepare_rows, hidden, row_ops) for hidden in args.hidden]
     if qk_ops:
         jobs += [partial(prepare_qk, heads, qk_ops) for heads in QK_HEADS]
-    rows, failed = in_turn(jobs, args)
-    if not rows:
-        return 1
-    write(
+    return record(
+        jobs,
         args,
         "norms",
-        machine=gpus(1),
         versions=versions("torch", "triton", *peers.MODULES, "cutlass-dsl"),
         settings=peers.SETTINGS,
         measures=MEASURES,
-        rows=rows,
     )
-    print(f"{len(rows)} rows in {args.out}")
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":

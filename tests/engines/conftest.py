@@ -1,10 +1,13 @@
-"""Fixtures of SGLang's tests. What they import is there in SGLang's environment alone."""
+"""Fixtures of engines' tests. What SGLang's import is there in its environment alone."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from gemma_fold.commands.convert import convert
 
 if TYPE_CHECKING:
     from sglang_checkpoints import Checkpoints
@@ -25,3 +28,10 @@ def sglang(checkpoints: Checkpoints) -> Any:
 
     sglang_models.start(checkpoints.original("gemma3_text"))
     return sglang_models
+
+
+@pytest.fixture(scope="session")
+def folded_270m(real_270m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("real") / "folded"
+    convert(real_270m, folder)
+    return folder

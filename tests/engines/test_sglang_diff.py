@@ -84,13 +84,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def folded_270m(real_270m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("real") / "folded"
-    convert(real_270m, folder)
-    return folder
-
-
 def test_a_script_compares_though_it_guards_nothing(
     real_270m: Path, folded_270m: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -402,13 +402,6 @@ def server(arguments: list[str], log: Path) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="session")
-def folded_270m(real_270m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("real") / "folded"
-    convert(real_270m, folder)
-    return folder
-
-
 def report(text: Path, *arguments: str | Path) -> Any:
     """What `gemma-fold diff --json` finds of two sides that are the same, over a short text."""
     text.write_text(
