@@ -165,7 +165,11 @@ def test_another_backend_keeps_its_own_write(vllm_config: Any) -> None:
 
     attention = attention_of(vllm_config, "other")
     assert "writes the cache in its own way" in cached.problem(attention, vllm_config)
-    settings = SimpleNamespace(compilation_config=vllm_config.compilation_config, lora_config=None)
+    settings = SimpleNamespace(
+        compilation_config=vllm_config.compilation_config,
+        lora_config=None,
+        parallel_config=vllm_config.parallel_config,
+    )
     read = norms.statements_digest(type(attention).forward)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEMMA_FOLD_QK", "cached")
@@ -173,6 +177,21 @@ def test_another_backend_keeps_its_own_write(vllm_config: Any) -> None:
     assert found == (2, norms._uncached_qk_mode(settings))
     assert type(attention.attn) is Attention
     assert type(attention.q_norm) is norms._CLASSES[norms._uncached_qk_mode(settings)]
+
+
+@pytest.mark.parametrize("how", ("decode", "prefill"))
+def test_context_parallelism_keeps_vllms_write(how: str, vllm_config: Any) -> None:
+    """There k is attended to as it is given, beside the cache."""
+    from gemma_fold.engines.vllm import cached
+
+    parallel = SimpleNamespace(**{f"{how}_context_parallel_size": 2})
+    settings = SimpleNamespace(
+        compilation_config=vllm_config.compilation_config,
+        lora_config=None,
+        parallel_config=parallel,
+    )
+    attention = attention_of(vllm_config, f"{how}_parallel")
+    assert "context parallelism" in cached.problem(attention, settings)
 
 
 def test_the_write_of_flash_attention_is_the_one_that_was_read(vllm_config: Any) -> None:
@@ -183,4 +202,5 @@ def test_the_write_of_flash_attention_is_the_one_that_was_read(vllm_config: Any)
     from gemma_fold.engines.vllm import cached
 
     assert statements_digest(FlashAttentionImpl.do_kv_cache_update) == cached._WRITE
+    assert statements_digest(FlashAttentionImpl.forward) in cached._READS
     assert statements_digest(Attention.forward) in cached._FORWARDS

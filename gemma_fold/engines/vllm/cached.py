@@ -36,17 +36,29 @@ _FORWARDS = (
 )
 #: Of all three: how `FlashAttentionImpl` writes its cache, [blocks, heads, places, k and v].
 _WRITE = "03a920c0caae20dad8c02109ac2072bd66c9f35251142f06d1f7044f5e9203d5"
+#: Of vLLM 0.26, and of 0.32 and 0.33: how it attends, to k in the cache unless it encodes or the
+#: context is parallel.
+_READS = (
+    "57ab48bbf68cc7ddc495389f6eab0ab52d8a73df09b2657e8f858d54adf608c1",
+    "78e82cb0de81ee69d6129028c83d4e47338ecfb7f7b21ffee256f64624c5d2cc",
+)
 
 
 def problem(attention: Any, vllm_config: Any) -> str:
     """Why `attention` keeps vLLM's write of the cache; empty if it need not."""
     attn, rotary = attention.attn, attention.rotary_emb
+    parallel = vllm_config.parallel_config
+    contexts = "decode_context_parallel_size", "prefill_context_parallel_size"
+    if any(getattr(parallel, name, 1) > 1 for name in contexts):
+        return "under context parallelism, attending reads k itself, too"
     if type(attn) is not Attention or attn.attn_type != "decoder":
         return f"its attention is {type(attn).__name__}, of type {attn.attn_type}"
     if statements_digest(Attention.forward) not in _FORWARDS:
         return f"the attention of vLLM {vllm.__version__} is not known"
     if statements_digest(getattr(type(attn.impl), "do_kv_cache_update", None)) != _WRITE:
         return f"{attn.attn_backend.get_name()} writes the cache in its own way"
+    if statements_digest(type(attn.impl).forward) not in _READS:
+        return f"how {type(attn.impl).__name__} of vLLM {vllm.__version__} attends is not known"
     if attn.attn_backend.forward_includes_kv_cache_update or attn.kv_sharing_target_layer_name:
         return "its attention writes the cache itself, or shares another layer's"
     if attn.kv_cache_torch_dtype != rotary.cos_sin_cache.dtype or attn.query_quant is not None:
