@@ -46,7 +46,7 @@ COMMENT = re.compile(r"\s+#\s.*$")
 #: Lines that nothing here can run, and what does run them.
 ELSEWHERE = {
     r".*python examples/task_accuracy/": "tests/test_task_accuracy.py",
-    r"make (demo|docs|kernels|test)": "Makefile",
+    r"make (demo|docs|kernels|rl-sync|test)": "Makefile",
     r"pip install ": "tools/package.py",
     r"\.venv/bin/pytest ": "Makefile",
     r"(GEMMA_FOLD=\w+ )?vllm serve ": "tests/engines/test_vllm.py",
@@ -61,8 +61,11 @@ ELSEWHERE = {
     # Nobody runs an upload; this makes what is uploaded.
     r"(kernel-builder|hf repos|hf upload) ": "tools/kernel_package.py",
 }
-#: Documents whose Python needs a GPU, and what runs it.
-PYTHON_ELSEWHERE = {"kernels_hub.md": "tests/test_kernels_library.py"}
+#: Documents whose Python needs a GPU or several processes, and what runs it.
+PYTHON_ELSEWHERE = {
+    "determinism.md": "tests/engines/fsdp_worker.py",
+    "kernels_hub.md": "tests/test_kernels_library.py",
+}
 #: What the Python of a document takes for granted.
 PRELUDES = {
     "all_reduce.md": """
