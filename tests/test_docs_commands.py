@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ import gemma_fold
 from gemma_fold.cli import commands  # noqa: F401  (which adds them to the group)
 from gemma_fold.cli.app import group
 
-tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-EACH = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
+EACH = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 _FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n)+")
@@ -92,8 +92,7 @@ def make(arguments: Sequence[str]) -> None:
 
 @cache
 def extras() -> frozenset[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return frozenset(project["optional-dependencies"])
+    return frozenset(metadata("gemma-fold").get_all("Provides-Extra") or ())
 
 
 def pip(arguments: Sequence[str]) -> None:
