@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import engines, model_shapes, run
 from benchmarks.result import OURS, STOCK, Row
-from benchmarks.vllm_decode import ENVIRONMENT, ON_CPU, PLUGIN, Child
+from benchmarks.vllm_decode import ENVIRONMENT, ON_CPU, PLUGIN, Child, wait
 
 #: Stock vLLM without the flag.
 FREE = "stock_without_flag"
@@ -173,9 +173,7 @@ def main() -> None:
             own = given | (NO_FLAG if name == FREE else flag)
             children.append(Child(impl, {"model": str(model), **options}, own, work, name))
             at_end.callback(children[-1].stop)
-        about = {child.name: child.read() for child in children}
-        for child in children:
-            print(f"{child.name}: {about[child.name]}", *child.native_lines(), sep="\n  ")
+        about = wait(children)
         print(f"all engines up after {time.perf_counter() - start:.0f} s", flush=True)
         rows: list[Row] = []
         for child in children:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.graph_timing import Call, measure
-from benchmarks.norm_peers import EPS, FP8
-from benchmarks.norms import FEWEST_CALLS, drop_failing, record
+from benchmarks.norm_peers import EPS, FP8, copy
+from benchmarks.norms import drop_failing, record, rotation
 from benchmarks.qk_peers import POSITIONS, one_after_another
 from benchmarks.result import COPY, OURS, Row, Settings
 from benchmarks.run import add_options, versions
@@ -120,9 +120,14 @@ def turn(b: Buffers) -> Call:
     return lambda i: ops.qk_rms_norm_rope(*given[i])
 
 
+def vllm_caches(b: Buffers) -> tuple[list[Tensor], str]:
+    """Both caches as vLLM's operators take them, and what they call that kind."""
+    caches = [b.key_cache, b.value_cache]
+    return ([x.view(torch.uint8) for x in caches], "fp8") if b.scales else (caches, "auto")
+
+
 def vllm_write(vllm: Any, b: Buffers, k: Callable[[int], Tensor] | None = None) -> Call:
-    caches = [x.view(torch.uint8) if b.scales else x for x in (b.key_cache, b.value_cache)]
-    kind = "fp8" if b.scales else "auto"
+    caches, kind = vllm_caches(b)
     scales = b.scales or [torch.ones(1, device="cuda")] * 2
     given = [b.split(i)[1:] for i in range(len(b.qkv))]
 
@@ -150,8 +155,7 @@ def vllm_three(vllm: Any, b: Buffers) -> Call:
 
 def vllm_fused(vllm: Any, b: Buffers) -> Call:
     q_heads, k_heads, size, rotary_dim = b.heads
-    caches = [x.view(torch.uint8) if b.scales else x for x in (b.key_cache, b.value_cache)]
-    kind = "fp8" if b.scales else "auto"
+    caches, kind = vllm_caches(b)
     return lambda i: vllm.fused_qknorm_rope_cache(
         b.qkv[i], b.gamma, b.gamma, b.cos_sin, b.positions, b.slots[i], *caches,
         q_heads, k_heads, size, rotary_dim, EPS, 0.0, kind, *b.scales,
@@ -196,23 +200,6 @@ def traffic(heads: Heads, dtype: torch.dtype, tokens: int) -> tuple[int, int]:
     q_heads, k_heads, size, rotary_dim = heads
     read = tokens * ((q_heads + 2 * k_heads) * size * 2 + rotary_dim * 4 + 16)
     return read, tokens * (q_heads * size * 2 + 2 * k_heads * size * dtype.itemsize)
-
-
-def copy(count: int, sets: int) -> Call:
-    """A copy that moves as many bytes."""
-    source = [torch.empty(count // 2, device="cuda", dtype=torch.uint8) for _ in range(sets)]
-    target = [torch.empty_like(x) for x in source]
-    return lambda i: target[i].copy_(source[i])
-
-
-def rotation(heads: Heads, dtype: torch.dtype, tokens: int) -> tuple[int, int]:
-    """Buffer sets, and calls in one graph. Few tokens stay inside the L2, for everyone."""
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    read, written = traffic(heads, dtype, tokens)
-    sets = 2 * l2 // read + 2
-    if sets > MOST_CALLS:
-        sets = max(2, min(FEWEST_CALLS[0][1], l2 // 4 // (read + written)))
-    return sets, max(sets, next(calls for limit, calls in FEWEST_CALLS if tokens <= limit))
 
 
 def check(heads: Heads, dtype: torch.dtype, vllm: Any) -> None:
@@ -270,8 +257,9 @@ def prepare(
         rows = []
         for kind, dtype in kinds.items():
             for tokens in tokens_list:
-                sets, count = rotation(heads, dtype, tokens)
-                moved = sum(traffic(heads, dtype, tokens))
+                read, written = traffic(heads, dtype, tokens)
+                moved = read + written
+                sets, count = rotation(read, written, tokens, MOST_CALLS)
                 found = {COPY: copy(moved, sets)}
                 found |= drop_failing(calls_of(make(heads, dtype, tokens, sets), vllm))
                 case = {"model": model, "cache": kind, "tokens": tokens}

@@ -93,9 +93,9 @@ def installed(name: str) -> ModuleType | None:
         return None
 
 
-def copy(op: str, tokens: int, hidden: int, sets: int) -> Call:
-    """A copy that moves as many bytes as ``op`` does."""
-    size = tokens * hidden * sum(BYTES[op]) // 2
+def copy(moved: int, sets: int) -> Call:
+    """A copy that moves so many bytes, read and written."""
+    size = moved // 2
     source = [torch.empty(size, device="cuda", dtype=torch.uint8).random_() for _ in range(sets)]
     target = [torch.empty_like(buffer) for buffer in source]
     return lambda i: target[i].copy_(source[i])

@@ -51,17 +51,16 @@ MOST_CALLS = 512
 FEWEST_CALLS = ((64, 60), (256, 40), (1024, 24), (4096, 12), (2**31, 6))
 
 
-def rotation(op: str, tokens: int, hidden: int) -> tuple[int, int]:
-    """Buffer sets, and calls in one graph, which go round the sets.
+def rotation(read: int, written: int, tokens: int, most: int = MOST_CALLS) -> tuple[int, int]:
+    """Buffer sets, and calls in one graph, which go round the sets; of the bytes a call moves.
 
     What is read is twice the L2 in all, so that nothing is still there when its turn comes again;
     peers that work in place have no less. Where that would take too many calls, everything stays
     well inside the L2 for everyone instead, as the rows of a decode step do in a model.
     """
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    read, written = (tokens * hidden * size for size in peers.BYTES[op])
     sets = 2 * l2 // read + 2
-    if sets > MOST_CALLS:
+    if sets > most:
         sets = max(2, min(FEWEST_CALLS[0][1], l2 // 4 // (read + written)))
     return sets, max(sets, next(calls for limit, calls in FEWEST_CALLS if tokens <= limit))
 
@@ -161,8 +160,9 @@ def prepared(hidden: int, wanted: list[str], calls: Calls, check: Callable[[str]
         rows = []
         for op in wanted:
             for tokens in tokens_list:
-                sets, n = rotation(op, tokens, hidden)
-                found = {COPY: peers.copy(op, tokens, hidden, sets)}
+                read, written = (tokens * hidden * size for size in peers.BYTES[op])
+                sets, n = rotation(read, written, tokens)
+                found = {COPY: peers.copy(read + written, sets)}
                 found |= drop_failing(calls(op, tokens, sets))
                 case = {"op": op, "hidden": hidden, "tokens": tokens}
                 rows += [

@@ -266,6 +266,14 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def wait(children: list[Child]) -> dict[str, Any]:
+    """What each engine says of itself once it is up, by its name; printed, too."""
+    about = {child.name: child.read() for child in children}
+    for child in children:
+        print(f"{child.name}: {about[child.name]}", *child.native_lines(), sep="\n  ")
+    return about
+
+
 def keep_logs(work: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for log in work.glob("*.log"):
@@ -286,9 +294,7 @@ def main() -> None:
         for impl, own in options.items():
             children.append(Child(impl, {"model": str(model), **own}, given, work))
             at_end.callback(children[-1].stop)
-        about = {child.impl: child.read() for child in children}
-        for child in children:
-            print(f"{child.impl}: {about[child.impl]}", *child.native_lines(), sep="\n  ")
+        about = wait(children)
         print(f"both engines up after {time.perf_counter() - start:.0f} s", flush=True)
         for own in options.values():
             own.pop("profiler_config", None)  # off while anything is timed

@@ -54,9 +54,7 @@ def svg() -> str:
         'class="narrow" font-family="system-ui, sans-serif">',
         f"<style>@media (prefers-color-scheme: dark){{{dark}}}</style>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" style="fill: {PAGE}"/>',
-        _text(
-            LEFT - 8, 28, "Add 1 to a bf16 weight, and bf16 cannot hold the sum", INK, 18, bold=True
-        ),
+        _text(LEFT - 8, 28, TITLE, INK, 18, bold=True),
         *_falls(w, rounded - one, TOP, COLOURS[1]),
         *_falls(w, exact - one, BOTTOM, COLOURS[0]),
         *_row(TOP, _bf16_between(1 - EXTENT, 1 + EXTENT) - 1),

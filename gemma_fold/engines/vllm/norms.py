@@ -157,9 +157,10 @@ def adopt_qk_norms(
         type(getattr(attention, name, None)) is GemmaRMSNorm for name in ("q_norm", "k_norm")
     ):
         return 0, None
-    mode = wanted_qk_mode() or "cached"
+    wanted = wanted_qk_mode()
+    mode = wanted or "cached"
     if mode == "cached" and (reason := _not_cached(attention, vllm_config)):
-        say = logger.info_once if wanted_qk_mode() is None else logger.warning_once
+        say = logger.info_once if wanted is None else logger.warning_once
         say("gemma-fold: vLLM rotates q and k and writes the KV cache: %s", reason)
         mode = _uncached_qk_mode(vllm_config)
     for norm in (attention.q_norm, attention.k_norm):
